@@ -1,0 +1,115 @@
+"""`atom::norm_quantize`: RMSNorm or LayerNorm, reorder and quantize, in one pass over memory.
+
+centered = x - mean(x)   (LayerNorm only)
+y = centered / sqrt(mean(centered^2) + eps) * weight + bias
+codes, scale = quantize(y[order])
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import quantize, quantize_rows
+from .library import define
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    round_normed: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """In float32; `round_normed` rounds to x's dtype before the weight too, as Llama does."""
+    normed = x.float()
+    if center:
+        normed = normed - normed.mean(-1, keepdim=True)
+    normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps)
+    if round_normed:
+        normed = normed.to(x.dtype)
+    if weight is not None:
+        normed = normed * weight
+    if bias is not None:
+        normed = normed + bias
+    return normed.to(dtype)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    order: Tensor | None,
+    eps: float,
+    center: bool,
+    round_normed: bool,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """x (*, K), weight and bias (K,), order (K,) int32; `dtype`: what the norm would return."""
+    y = norm(x, weight, bias, eps, center, round_normed, dtype)
+    if order is not None:
+        y = y.index_select(-1, order)
+    return quantize.reference(y, bits, group_size, outlier_channels, clip)
+
+
+def fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    order: Tensor | None,
+    eps: float,
+    center: bool,
+    round_normed: bool,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    return quantize.fake(x, bits, group_size, outlier_channels, clip)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    order: Tensor | None,
+    eps: float,
+    center: bool,
+    round_normed: bool,
+    dtype: torch.dtype,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    normed_dtype = x.dtype if round_normed else torch.float32
+    product_dtype = (
+        normed_dtype if weight is None else torch.promote_types(normed_dtype, weight.dtype)
+    )
+    norm_arguments = quantize_rows.Norm(weight, bias, eps, center, normed_dtype, product_dtype)
+    return quantize_rows.launch(
+        x,
+        order,
+        norm=norm_arguments,
+        dtype=dtype,
+        bits=bits,
+        group_size=group_size,
+        outlier_channels=outlier_channels,
+        clip=clip,
+    )
+
+
+norm_quantize = define(
+    "norm_quantize(Tensor x, Tensor? weight, Tensor? bias, Tensor? order, float eps, bool center, "
+    f"bool round_normed, ScalarType dtype, {quantize.NUMBERS}) -> (Tensor, Tensor)",
+    reference,
+    fake,
+    launch,
+)

@@ -1,0 +1,142 @@
+"""The one place that knows how quantized numbers lie in memory, and how they are rounded.
+
+The K channels of a linear's input are first put in *order* (ascending magnitude, outliers last),
+then cut:
+
+    channel position   0 ............................ K - outlier_channels .......... K
+                       | group 0 | group 1 | ... | group G-1 (ragged: zero-padded) | outliers |
+    code               |<----------- bits wide, one scale per group ------------->|  INT8    |
+
+* Activations `(*, K)` become `codes (*, padded_width)` int8 and `scale (num_scales, *)` float32;
+  the scales of the groups come first, that of the outliers last. Groups lead, so that a tile of
+  tokens reads its scales contiguously.
+* Weights `(N, K)` become `weight (G, N, group_size / 2)` uint8, `weight_scale (G, N)` bfloat16,
+  `outlier_weight (N, outlier_channels)` int8 and `outlier_scale (N,)` float32. A block of rows of
+  one group is contiguous memory. Two codes share a byte so that unpacking needs no interleave:
+
+    byte j of a row of a group:   bits 7..4 = channel j + group_size/2      bits 3..0 = channel j
+
+  Both are in two's complement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TINY = 1e-30  # a scale of a group of zeros: small, but with a finite reciprocal
+OUTLIER_BITS = 8
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """How `width` channels are cut into groups and outliers (see the picture above)."""
+
+    width: int
+    group_size: int
+    outlier_channels: int
+
+    @property
+    def num_groups(self) -> int:
+        return -(-(self.width - self.outlier_channels) // self.group_size)
+
+    @property
+    def grouped_width(self) -> int:
+        """Channels in groups, the last group's padding included: where the outliers begin."""
+        return self.num_groups * self.group_size
+
+    @property
+    def padded_width(self) -> int:
+        return self.grouped_width + self.outlier_channels
+
+    @property
+    def num_scales(self) -> int:
+        return self.num_groups + (self.outlier_channels > 0)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(*, width) -> groups (*, G, group_size), zero-padded, outliers (*, outlier_channels)."""
+        grouped = self.width - self.outlier_channels
+        padded = torch.nn.functional.pad(x[..., :grouped], (0, self.grouped_width - grouped))
+        return padded.unflatten(-1, (self.num_groups, self.group_size)), x[..., grouped:]
+
+
+def round_to_codes(x: Tensor, bits: int, clip: float, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """Symmetric rounding to nearest even over `dim`: int8 codes and the float32 scale.
+
+    scale = absmax * clip / (2^(bits-1) - 1)
+
+    A group that holds a NaN or an Inf gets it as its scale and codes of zero, so that the whole row
+    that reads it, and no other, comes out as NaN. Source: Atom (arXiv 2310.19102), section 4.2.
+    """
+    largest = 2 ** (bits - 1) - 1
+    scale = (x.abs().amax(dim, keepdim=True).float() * (clip / largest)).clamp(min=TINY)
+    return _codes(x, scale, largest), scale.squeeze(dim)
+
+
+def _codes(x: Tensor, scale: Tensor, largest: int) -> Tensor:
+    # times the reciprocal, not a division, as in the kernels: codes agree to the last bit
+    codes = torch.nan_to_num((x.float() * (1.0 / scale)).round(), nan=0.0)
+    return codes.clamp(-largest - 1, largest).to(torch.int8)
+
+
+class PackedWeight(NamedTuple):
+    """A linear's weight as the operators read it; the module's docstring has shapes and layout."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    outlier_weight: Tensor
+    outlier_scale: Tensor
+
+
+def pack_weight(weight: Tensor, layout: GroupLayout, bits: int, clip: float) -> PackedWeight:
+    """Quantizes a weight `(N, K)`, columns in order, rounding to nearest. `bits`: 2 to 4."""
+    groups, outliers = layout.split(weight.float())
+    largest = 2 ** (bits - 1) - 1
+    scale = groups.abs().amax(-1, keepdim=True) * (clip / largest)
+    # rounded first: codes belong to the scale that is stored
+    scale = scale.clamp(min=TINY).to(torch.bfloat16)
+    codes = _codes(groups, scale.float(), largest)
+    outlier_scale = weight.new_zeros(weight.shape[0], dtype=torch.float32)
+    if layout.outlier_channels:
+        outliers, outlier_scale = round_to_codes(outliers, OUTLIER_BITS, 1.0)
+    return PackedWeight(
+        pack_int4(codes.transpose(0, 1)),
+        scale.squeeze(-1).t().contiguous(),
+        outliers.to(torch.int8).contiguous(),
+        outlier_scale,
+    )
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """int8 codes in -8..7, (*, group_size) -> uint8 (*, group_size / 2)."""
+    low, high = codes.chunk(2, dim=-1)
+    return ((low & 0xF) | (high << 4)).contiguous().view(torch.uint8)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """uint8 (*, group_size / 2) -> int8 codes in -8..7, (*, group_size)."""
+    signed = packed.view(torch.int8)
+    return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)
+
+
+def dequantize_weight(packed: PackedWeight, layout: GroupLayout) -> Tensor:
+    """The float32 weight `(N, K)`, in order, that the operators compute with. For inspection."""
+    groups = unpack_int4(packed.weight) * packed.weight_scale.float()[..., None]
+    grouped = groups.transpose(0, 1).flatten(1)[:, : layout.width - layout.outlier_channels]
+    return torch.cat([grouped, packed.outlier_weight * packed.outlier_scale[:, None]], dim=1)
+
+
+def dequantize(codes: Tensor, scale: Tensor, layout: GroupLayout) -> Tensor:
+    """The float32 activations `(*, K)`, in order, that `codes` stand for. For inspection."""
+    sizes = [layout.group_size] * layout.num_groups + [layout.outlier_channels] * (
+        layout.outlier_channels > 0
+    )
+    spread = scale.movedim(0, -1).repeat_interleave(
+        torch.tensor(sizes, device=scale.device), dim=-1
+    )
+    x = codes * spread
+    grouped = layout.width - layout.outlier_channels
+    return torch.cat([x[..., :grouped], x[..., layout.grouped_width :]], dim=-1)

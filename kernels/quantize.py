@@ -1,0 +1,79 @@
+"""`atom::quantize`, `atom::reorder_quantize`: dynamic quantization per token and channel group.
+
+    scale[g, m] = absmax over group g of x[m] * clip / (2^(bits-1) - 1)
+    codes[m, k] = round(x[m, k] / scale[group of k, m])
+
+The last `outlier_channels` are INT8 with one scale per token and no clip. Source: Atom (arXiv
+2310.19102), section 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import quantize_rows
+from .library import define
+from .packing import OUTLIER_BITS, GroupLayout, round_to_codes
+
+
+def reference(
+    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    """x (*, K), in order -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
+    layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
+    groups, outliers = layout.split(x)
+    codes, scale = round_to_codes(groups, bits, clip)
+    codes, scale = codes.flatten(-2), scale.movedim(-1, 0)
+    if outlier_channels:
+        outlier_codes, outlier_scale = round_to_codes(outliers, OUTLIER_BITS, 1.0)
+        codes = torch.cat([codes, outlier_codes], dim=-1)
+        scale = torch.cat([scale, outlier_scale[None]])
+    return codes, scale.contiguous()
+
+
+def fake(
+    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
+    codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
+    return codes, x.new_empty(layout.num_scales, *x.shape[:-1], dtype=torch.float32)
+
+
+def launch(
+    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows.launch(
+        x, None, bits=bits, group_size=group_size, outlier_channels=outlier_channels, clip=clip
+    )
+
+
+def reorder_reference(
+    x: Tensor, order: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    """`quantize(reorder(x, order))` in one pass over memory."""
+    return reference(x.index_select(-1, order), bits, group_size, outlier_channels, clip)
+
+
+def reorder_fake(
+    x: Tensor, order: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    return fake(x, bits, group_size, outlier_channels, clip)
+
+
+def reorder_launch(
+    x: Tensor, order: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows.launch(
+        x, order, bits=bits, group_size=group_size, outlier_channels=outlier_channels, clip=clip
+    )
+
+
+NUMBERS = "int bits, int group_size, int outlier_channels, float clip"
+quantize = define(f"quantize(Tensor x, {NUMBERS}) -> (Tensor, Tensor)", reference, fake, launch)
+reorder_quantize = define(
+    f"reorder_quantize(Tensor x, Tensor order, {NUMBERS}) -> (Tensor, Tensor)",
+    reorder_reference,
+    reorder_fake,
+    reorder_launch,
+)

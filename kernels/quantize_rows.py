@@ -1,0 +1,268 @@
+"""The Triton kernel behind every quantize operator: optional norm or gated activation, optional reorder, codes out.
+
+One program takes one token and a run of its groups, so that a single token still occupies many multiprocessors; the
+norm's statistic is then computed anew by each of them, from the cache.
+
+K channels of a row, `GROUP_SIZE` channels a group, `OUTLIERS` channels after the last group (see packing.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .packing import OUTLIER_BITS, TINY, GroupLayout
+
+
+class Norm(NamedTuple):
+    """What `norm_quantize` adds: the dtypes are those that its steps round to."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    center: bool
+    normed_dtype: torch.dtype
+    product_dtype: torch.dtype
+
+
+# 1.5 * 2^23: adding and taking it away rounds a small float32 to the nearest even integer
+_ROUNDER = tl.constexpr(12582912.0)
+_TINY = tl.constexpr(TINY)
+
+
+@triton.jit
+def _round(x, DTYPE: tl.constexpr):
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x / (1.0 + tl.exp(-2.0 * inner))  # 0.5 * (1 + tanh(y)) = sigmoid(2y)
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0.0, 0.0, x)  # a NaN stays one
+    else:
+        tl.static_assert(ACTIVATION == "sigmoid")
+        return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _load_channels(
+    x_row,
+    up_row,
+    order_ptr,
+    weight_ptr,
+    bias_ptr,
+    position,
+    live,
+    mean,
+    rstd,
+    ACTIVATION: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMED: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    RESULT: tl.constexpr,
+):
+    """The channels at `position` of the ordered row, after norm and activation, as float32 rounded like the plain ops."""
+    channel = position
+    if HAS_ORDER:
+        channel = tl.load(order_ptr + position, mask=live, other=0)
+    y = tl.load(x_row + channel, mask=live, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        y = _round((y - mean) * rstd, NORMED)
+        if HAS_WEIGHT:
+            y = _round(
+                y * tl.load(weight_ptr + channel, mask=live, other=0.0).to(tl.float32), PRODUCT
+            )
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + channel, mask=live, other=0.0).to(tl.float32)
+        y = tl.where(live, _round(y, RESULT), 0.0)
+    if ACTIVATION != "none":
+        y = _round(_activate(y, ACTIVATION), RESULT)
+    if HAS_UP:
+        up = tl.load(up_row + channel, mask=live, other=0.0).to(tl.float32)
+        y = _round(y * up, RESULT)
+    return tl.where(live, y, 0.0)  # an activation of padding need not be zero
+
+
+@triton.jit
+def _quantize(y, clip_over_largest, LARGEST: tl.constexpr, AXIS: tl.constexpr):
+    """Codes and scale of each group along AXIS; mirrors packing.round_to_codes."""
+    scale = tl.maximum(tl.max(tl.abs(y), axis=AXIS) * clip_over_largest, _TINY)
+    poisoned = tl.sum((y != y).to(tl.int32), axis=AXIS) > 0  # tl.max drops NaNs
+    scale = tl.where(poisoned, float("nan"), scale)
+    inverse = tl.div_rn(1.0, scale)
+    codes = y * tl.expand_dims(inverse, AXIS)
+    codes = tl.where(codes == codes, codes, 0.0)
+    codes = tl.minimum(tl.maximum(codes, -LARGEST - 1.0), LARGEST)
+    return ((codes + _ROUNDER) - _ROUNDER).to(tl.int8), scale
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_ptr,
+    up_ptr,
+    weight_ptr,
+    bias_ptr,
+    order_ptr,
+    codes_ptr,
+    scale_ptr,
+    M,
+    K,
+    x_stride,
+    up_stride,
+    eps,
+    clip_over_largest,
+    outlier_clip_over_largest,
+    NUM_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUPS_PER_TILE: tl.constexpr,
+    TILES_PER_PROGRAM: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    OUTLIER_BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+    OUTLIER_LARGEST: tl.constexpr,
+    NORM_BLOCK: tl.constexpr,
+    CENTER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_UP: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMED: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    RESULT: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + m * x_stride
+    up_row = up_ptr + m * up_stride
+    codes_row = codes_ptr + m * (NUM_GROUPS * GROUP_SIZE + OUTLIERS)
+
+    mean = 0.0
+    rstd = 1.0
+    if HAS_NORM:
+        k = tl.arange(0, NORM_BLOCK)
+        row = tl.load(x_row + k, mask=k < K, other=0.0).to(tl.float32)
+        if CENTER:
+            mean = tl.sum(row, axis=0) / K
+            row = tl.where(k < K, row - mean, 0.0)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(row * row, axis=0) / K + eps))
+
+    for tile in range(TILES_PER_PROGRAM):
+        first = (tl.program_id(1) * TILES_PER_PROGRAM + tile) * GROUPS_PER_TILE
+        group = first + tl.arange(0, GROUPS_PER_TILE)
+        position = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
+        y = _load_channels(
+            x_row, up_row, order_ptr, weight_ptr, bias_ptr, position, position < K - OUTLIERS, mean, rstd,
+            ACTIVATION, HAS_UP, HAS_ORDER, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
+        )  # fmt: skip
+        codes, scale = _quantize(y, clip_over_largest, LARGEST, AXIS=1)
+        tl.store(codes_row + position, codes, mask=position < NUM_GROUPS * GROUP_SIZE)
+        tl.store(scale_ptr + group.to(tl.int64) * M + m, scale, mask=group < NUM_GROUPS)
+
+    if OUTLIERS > 0:
+        if tl.program_id(1) == 0:
+            lane = tl.arange(0, OUTLIER_BLOCK)
+            live = lane < OUTLIERS
+            y = _load_channels(
+                x_row, up_row, order_ptr, weight_ptr, bias_ptr, K - OUTLIERS + lane, live, mean, rstd,
+                ACTIVATION, HAS_UP, HAS_ORDER, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
+            )  # fmt: skip
+            codes, scale = _quantize(y, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0)
+            tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, codes, mask=live)
+            tl.store(scale_ptr + NUM_GROUPS * M + m, scale)
+
+
+_TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def launch(
+    x: Tensor,
+    order: Tensor | None,
+    *,
+    up: Tensor | None = None,
+    activation: str = "none",
+    norm: Norm | None = None,
+    dtype: torch.dtype | None = None,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """x and `up` (*, K) -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
+    layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
+    codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
+    scale = x.new_empty(layout.num_scales, *x.shape[:-1], dtype=torch.float32)
+    M = codes.numel() // layout.padded_width
+    if M == 0:
+        return codes, scale
+    rows = _as_rows(x)
+    up_rows = rows if up is None else _as_rows(up)
+    # about 2048 channels at a time fill 4 warps; many tokens fill the device by themselves
+    groups_per_tile = max(1, min(triton.next_power_of_2(layout.num_groups), 2048 // group_size))
+    tiles = triton.cdiv(layout.num_groups, groups_per_tile)
+    programs_per_row = 1 if M >= 256 else max(1, tiles)
+    largest, outlier_largest = 2 ** (bits - 1) - 1, 2 ** (OUTLIER_BITS - 1) - 1
+    absent = rows  # a pointer that the kernel does not read
+    quantize_rows_kernel[(M, programs_per_row)](
+        rows,
+        up_rows,
+        absent if norm is None or norm.weight is None else norm.weight,
+        absent if norm is None or norm.bias is None else norm.bias,
+        absent if order is None else order,
+        codes,
+        scale,
+        M,
+        layout.width,
+        rows.stride(0),
+        up_rows.stride(0),
+        0.0 if norm is None else norm.eps,
+        clip / largest,
+        1.0 / outlier_largest,
+        NUM_GROUPS=layout.num_groups,
+        GROUP_SIZE=group_size,
+        GROUPS_PER_TILE=groups_per_tile,
+        TILES_PER_PROGRAM=triton.cdiv(tiles, programs_per_row),
+        OUTLIERS=outlier_channels,
+        OUTLIER_BLOCK=triton.next_power_of_2(max(outlier_channels, 1)),
+        LARGEST=largest,
+        OUTLIER_LARGEST=outlier_largest,
+        NORM_BLOCK=triton.next_power_of_2(layout.width) if norm else 1,
+        CENTER=norm is not None and norm.center,
+        ACTIVATION=activation,
+        HAS_UP=up is not None,
+        HAS_ORDER=order is not None,
+        HAS_NORM=norm is not None,
+        HAS_WEIGHT=norm is not None and norm.weight is not None,
+        HAS_BIAS=norm is not None and norm.bias is not None,
+        NORMED=_TRITON_DTYPES[norm.normed_dtype if norm else x.dtype],
+        PRODUCT=_TRITON_DTYPES[norm.product_dtype if norm else x.dtype],
+        RESULT=_TRITON_DTYPES[dtype or x.dtype],
+        num_warps=8 if layout.width > 8192 and norm else 4,
+        enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
+    )
+    return codes, scale
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(*, K) -> (M, K) with unit stride along K: a view where the strides allow it (a slice of a merged linear)."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
