@@ -1,0 +1,158 @@
+"""What a rewritten graph reads instead of its weights: tensors derived from them at each call.
+
+A compiled graph serves every layer of the same shapes, so nothing computed from one layer's weights
+may be part of it. Passes therefore only *describe* packed weights and channel orders, in terms of
+the graph's weight placeholders; the backend computes them from the tensors that each call brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..kernels.packing import GroupLayout, pack_weight
+
+
+class RecipeLike(Protocol):
+    """The part of a `Recipe` that channel orders need."""
+
+    def order(self, weight: Tensor, name: str) -> Tensor: ...
+
+
+class Derived(Protocol):
+    """A tuple of tensors computed from weight placeholders."""
+
+    @property
+    def sources(self) -> tuple[Node, ...]: ...
+
+    def signature(self) -> Hashable:
+        """Equal where equal source tensors give equal results; speaks of sources by position."""
+        ...
+
+    def compute(self, tensors: Mapping[Node, Tensor]) -> tuple[Tensor | None, ...]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class WeightRef:
+    """A linear's weight: its placeholder, parameter name, and whether it is stored as (K, N)."""
+
+    node: Node
+    name: str
+    transposed: bool
+
+    def read(self, tensors: Mapping[Node, Tensor]) -> Tensor:
+        weight = tensors[self.node].detach()
+        return weight.t() if self.transposed else weight
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelOrder:
+    """One activation's channels, ascending in magnitude: for all `weights` that read it.
+
+    With a recipe, the magnitude is calibration's. Without one it is what the weights tell: a
+    channel that a trained model reads through small weights is, as a rule, a large one (measured:
+    as good as the norm's own weight).
+    """
+
+    weights: tuple[WeightRef, ...]
+    recipe: RecipeLike | None
+
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        return tuple(weight.node for weight in self.weights)
+
+    def signature(self) -> Hashable:
+        names = tuple(weight.name for weight in self.weights) if self.recipe else None
+        transposed = tuple(weight.transposed for weight in self.weights)
+        return "order", names, transposed, self.recipe
+
+    def compute(self, tensors: Mapping[Node, Tensor]) -> tuple[Tensor | None, ...]:
+        return (self.indices(tensors).to(torch.int32),)
+
+    def indices(self, tensors: Mapping[Node, Tensor]) -> Tensor:
+        """(K,) int64."""
+        first = self.weights[0]
+        if self.recipe is not None:
+            return self.recipe.order(tensors[first.node], first.name).to(tensors[first.node].device)
+        columns = [weight.read(tensors).float().square().sum(0) for weight in self.weights]
+        return torch.stack(columns).sum(0).argsort(descending=True, stable=True)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearPart:
+    """One linear of a merged weight: its rows go into the order that the linear after it wants."""
+
+    weight: WeightRef
+    bias: Node | None
+    out_features: int
+    row_order: ChannelOrder | None = None
+
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        bias = () if self.bias is None else (self.bias,)
+        return (self.weight.node, *bias, *(self.row_order.sources if self.row_order else ()))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLinear:
+    """Packed weight (four tensors, see packing.py) and bias of the linears in one product."""
+
+    parts: tuple[LinearPart, ...]
+    column_order: ChannelOrder
+    layout: GroupLayout
+    bits: int
+    clip: float
+
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        parts = (node for part in self.parts for node in part.sources)
+        return (*parts, *self.column_order.sources)
+
+    @property
+    def has_bias(self) -> bool:
+        return any(part.bias is not None for part in self.parts)
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+    def signature(self) -> Hashable:
+        parts = tuple(
+            (
+                part.weight.transposed,
+                part.bias is None,
+                part.row_order.signature() if part.row_order else None,
+            )
+            for part in self.parts
+        )
+        return "linear", parts, self.column_order.signature(), self.layout, self.bits, self.clip
+
+    def compute(self, tensors: Mapping[Node, Tensor]) -> tuple[Tensor | None, ...]:
+        columns = self.column_order.indices(tensors)
+        packed, biases = [], []
+        for part in self.parts:
+            weight = part.weight.read(tensors)
+            bias = (
+                weight.new_zeros(part.out_features)
+                if part.bias is None
+                else tensors[part.bias].detach()
+            )
+            if part.row_order is not None:
+                rows = part.row_order.indices(tensors)
+                weight, bias = weight[rows], bias[rows]
+            # one linear at a time, so that no more than one is ever held in float32
+            packed.append(pack_weight(weight[:, columns], self.layout, self.bits, self.clip))
+            biases.append(bias)
+        weights, weight_scales, outlier_weights, outlier_scales = zip(*packed, strict=True)
+        return (
+            torch.cat(weights, dim=1),
+            torch.cat(weight_scales, dim=1),
+            torch.cat(outlier_weights),
+            torch.cat(outlier_scales),
+            torch.cat(biases) if self.has_bias else None,
+        )

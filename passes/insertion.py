@@ -1,0 +1,116 @@
+"""Turns every planned linear into the three plain operators."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ..kernels.linear import linear
+from ..kernels.packing import GroupLayout
+from ..kernels.quantize import quantize
+from ..kernels.reorder import reorder
+from .derived import ChannelOrder, LinearPart, PackedLinear, WeightRef
+from .graphs import call, fake_mode, placeholder, value
+from .plan import PlannedLinear
+
+if TYPE_CHECKING:
+    from ..scheme import Scheme
+
+
+def insert_quantization(
+    gm: GraphModule, planned: Sequence[PlannedLinear], scheme: Scheme
+) -> GraphModule:
+    """Needs the plan. One linear at a time, nothing shared yet:
+
+    y = linear(x, weight, bias)
+      ->  r = atom.reorder(x, order)
+          codes, scale = atom.quantize(r, ...)
+          y = atom.linear(codes, scale, *packed_weight, bias, None, dtype)
+    """
+    replaced: dict[Node, Node] = {}  # a linear may read another one directly
+    for plan in planned:
+        if plan.order is not None:
+            x = replaced.get(plan.found.x, plan.found.x)
+            replaced[plan.found.node] = _insert(gm.graph, plan, x, plan.order, scheme)
+    return gm
+
+
+def _insert(
+    graph: Graph, plan: PlannedLinear, x: Node, order: ChannelOrder, scheme: Scheme
+) -> Node:
+    found = plan.found
+    weight = WeightRef(found.weight, found.name, found.transposed)
+    part = LinearPart(weight, found.bias, found.out_features)
+    packed = PackedLinear((part,), order, plan.layout, scheme.weight_bits, scheme.weight_clip)
+    order_node = order_placeholder(graph, order)
+    weight_nodes = weight_placeholders(graph, packed)
+    with graph.inserting_before(found.node):
+        reordered = call(graph, reorder, (x, order_node), like=found.node)
+        numbers = (
+            scheme.activation_bits,
+            scheme.group_size,
+            plan.layout.outlier_channels,
+            scheme.activation_clip,
+        )
+        codes, scale = quantized_pair(graph, quantize, (reordered, *numbers), like=found.node)
+        dtype = value(found.node).dtype
+        product = call(graph, linear, (codes, scale, *weight_nodes, None, dtype), like=found.node)
+    found.node.replace_all_uses_with(product)
+    graph.erase_node(found.node)
+    product.meta["atom_packed"] = packed
+    return product
+
+
+def quantized_pair(
+    graph: Graph, target: torch._ops.OpOverload, args: tuple[object, ...], like: Node
+) -> tuple[Node, Node]:
+    """A quantize operator and its two results, codes and scale."""
+    pair = call(graph, target, args, like)
+    codes = call(graph, operator.getitem, (pair, 0), like)
+    scale = call(graph, operator.getitem, (pair, 1), like)
+    return codes, scale
+
+
+def order_placeholder(graph: Graph, order: ChannelOrder) -> Node:
+    """The graph input that carries `order`: one, however many ask."""
+    node: Node
+    for node in graph.find_nodes(op="placeholder"):
+        if node.meta.get("atom_derived", (None,))[0] is order:
+            return node
+    K = value(order.weights[0].node).shape[0 if order.weights[0].transposed else 1]
+    with fake_mode(graph):
+        fake = torch.empty(K, dtype=torch.int32, device=value(order.weights[0].node).device)
+    return placeholder(graph, "order", fake, order, 0)
+
+
+def weight_placeholders(graph: Graph, packed: PackedLinear) -> list[Node | None]:
+    """The five graph inputs of a packed linear.
+
+    weight, weight_scale, outlier_weight, outlier_scale, and bias or None.
+    """
+    layout: GroupLayout = packed.layout
+    N, G = packed.out_features, layout.num_groups
+    first = value(packed.parts[0].weight.node)
+    with fake_mode(graph):
+        fakes = {
+            "weight": torch.empty(
+                G, N, layout.group_size // 2, dtype=torch.uint8, device=first.device
+            ),
+            "weight_scale": torch.empty(G, N, dtype=torch.bfloat16, device=first.device),
+            "outlier_weight": torch.empty(
+                N, layout.outlier_channels, dtype=torch.int8, device=first.device
+            ),
+            "outlier_scale": torch.empty(N, dtype=torch.float32, device=first.device),
+        }
+        if packed.has_bias:
+            biases = [value(part.bias) for part in packed.parts if part.bias is not None]
+            fakes["bias"] = torch.empty(N, dtype=biases[0].dtype, device=first.device)
+    nodes = [
+        placeholder(graph, name, fake, packed, field)
+        for field, (name, fake) in enumerate(fakes.items())
+    ]
+    return [*nodes, None] if not packed.has_bias else [*nodes]

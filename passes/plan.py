@@ -1,0 +1,99 @@
+"""Decides, for every linear that was found, what will be done with it and why not."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import Node
+
+from ..kernels.packing import GroupLayout
+from .derived import ChannelOrder, RecipeLike, WeightRef
+from .graphs import value
+from .linears import FoundLinear, is_weight
+
+if TYPE_CHECKING:
+    from ..scheme import Scheme
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedLinear:
+    """A `layout` and the `order` of all linears of its input, or a `reason` to leave it alone."""
+
+    found: FoundLinear
+    layout: GroupLayout
+    order: ChannelOrder | None
+    reason: str | None = None
+    left_by_choice: bool = False
+    note: str | None = None
+
+
+def plan_linears(
+    found: Sequence[FoundLinear],
+    scheme: Scheme,
+    recipe: RecipeLike | None,
+    include_head: bool,
+    skip: Sequence[str],
+) -> list[PlannedLinear]:
+    """A pure function of what was found and the options; the graph is not changed."""
+    choices = {linear: _chosen_to_leave(linear, include_head, skip) for linear in found}
+    reasons = {linear: choices[linear] or _reason_to_leave(linear, scheme) for linear in found}
+    readers: dict[Node, list[FoundLinear]] = defaultdict(list)
+    for linear in found:
+        if reasons[linear] is None:
+            readers[linear.x].append(linear)
+    orders = {x: _order(linears, recipe) for x, linears in readers.items()}
+    planned = []
+    for linear in found:
+        layout = scheme.layout(linear.in_features)
+        reason = reasons[linear]
+        order = orders[linear.x] if reason is None else None
+        chosen = choices[linear] is not None
+        planned.append(PlannedLinear(linear, layout, order, reason, chosen, _note(layout, scheme)))
+    return planned
+
+
+def _chosen_to_leave(linear: FoundLinear, include_head: bool, skip: Sequence[str]) -> str | None:
+    for pattern in skip:
+        if fnmatch(linear.name, pattern):
+            return f"option skip={pattern!r}"
+    if linear.is_head and not include_head:
+        return "it is the output head (option include_head=True quantizes it)"
+    return None
+
+
+def _reason_to_leave(linear: FoundLinear, scheme: Scheme) -> str | None:
+    weight, x = value(linear.weight), value(linear.x)
+    if not is_weight(linear.weight):
+        return "its weight is computed or passed in at run time"
+    if weight.dim() != 2 or (linear.bias is not None and not is_weight(linear.bias)):
+        return "its weight is no matrix, or its bias is computed at run time"
+    if weight.dtype not in _DTYPES or x.dtype not in _DTYPES:
+        return (
+            f"its dtypes are {weight.dtype} and {x.dtype}; only 16 and 32 bit floats are quantized"
+        )
+    if linear.in_features < scheme.group_size:
+        return (
+            f"its {linear.in_features} input channels are fewer than "
+            f"one group of {scheme.group_size}"
+        )
+    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return "the GPU is older than sm_80"
+    return None
+
+
+def _order(linears: Sequence[FoundLinear], recipe: RecipeLike | None) -> ChannelOrder:
+    weights = tuple(WeightRef(linear.weight, linear.name, linear.transposed) for linear in linears)
+    return ChannelOrder(weights, recipe)
+
+
+def _note(layout: GroupLayout, scheme: Scheme) -> str | None:
+    if layout.outlier_channels < scheme.outlier_channels:
+        return f"narrow: {layout.outlier_channels} outlier channels, not {scheme.outlier_channels}"
+    return None

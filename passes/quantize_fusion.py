@@ -1,0 +1,81 @@
+"""What produces an activation joins its quantize: norm, gated activation, or a reorder alone."""
+
+from __future__ import annotations
+
+import operator
+
+from torch.fx import GraphModule, Node
+
+from ..kernels.gated_quantize import gated_quantize
+from ..kernels.norm_quantize import norm_quantize
+from ..kernels.quantize import quantize, reorder_quantize
+from ..kernels.reorder import reorder
+from .derived import PackedLinear
+from .gates import match_gate
+from .graphs import erase_unused, is_call, value
+from .insertion import quantized_pair
+from .norms import match_norm
+from .record import Record
+
+
+def fuse_quantize(gm: GraphModule, record: Record) -> GraphModule:
+    """Needs folding. No gather and no rounding pass is left on its own:
+
+    quantize(reorder(norm(x), order))         ->  atom.norm_quantize(x, weight, bias, order, ...)
+    quantize([reorder](act(gate) * up))       ->  atom.gated_quantize(gate, up, order, ...)
+    quantize(reorder(x, order))               ->  atom.reorder_quantize(x, order, ...)
+    """
+    for node in list(gm.graph.nodes):
+        if is_call(node, quantize):
+            _fuse(node, record)
+    return gm
+
+
+def _fuse(node: Node, record: Record) -> None:
+    y, *numbers = node.args
+    assert isinstance(y, Node)
+    order = None
+    reordered = is_call(y, reorder) and set(y.users) == {node}
+    if reordered:
+        y, order = y.args
+    graph = node.graph
+    # what others read must be computed anyway, and a norm or activation computed twice is no gain
+    alone = set(y.users) == {node.args[0] if reordered else node}
+    norm = match_norm(y) if alone else None
+    gate = match_gate(y) if alone else None
+    with graph.inserting_before(node):
+        if norm is not None:
+            target, name = norm_quantize, "norm"
+            shape = (norm.weight, norm.bias, order, norm.eps, norm.center, norm.round_normed)
+            pair = quantized_pair(
+                graph, target, (norm.x, *shape, value(y).dtype, *numbers), like=node
+            )
+        elif gate is not None:
+            target, name = gated_quantize, f"{gate.activation} gate" if gate.up else gate.activation
+            pair = quantized_pair(
+                graph, target, (gate.gate, gate.up, order, gate.activation, *numbers), like=node
+            )
+        elif order is not None:
+            target, name = reorder_quantize, "reorder"
+            pair = quantized_pair(graph, target, (y, order, *numbers), like=node)
+        else:
+            return
+    quantized = node.args[0]
+    readers = _replace_pair(node, pair)
+    erase_unused(quantized)
+    record.say(readers, f"{name} and quantize fused into {target}")
+
+
+def _replace_pair(node: Node, pair: tuple[Node, Node]) -> list[str]:
+    """Redirects the users of a quantize; returns the names of the linears that read it."""
+    names = []
+    for item in list(node.users):
+        assert is_call(item, operator.getitem)
+        for reader in item.users:
+            if item.args[1] == 0:
+                packed: PackedLinear = reader.meta["atom_packed"]
+                names += [part.weight.name for part in packed.parts]
+        item.replace_all_uses_with(pair[item.args[1]])  # type: ignore[index]
+        node.graph.erase_node(item)
+    node.graph.erase_node(node)
+    return names

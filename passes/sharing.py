@@ -1,0 +1,99 @@
+"""Linears that read one activation quantize it once and, if users allow, become one product."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from ..kernels.linear import linear
+from ..kernels.quantize import quantize
+from ..kernels.reorder import reorder
+from .derived import PackedLinear
+from .graphs import call, is_call, value
+from .insertion import weight_placeholders
+from .record import Record
+
+
+def share_inputs(gm: GraphModule, record: Record) -> GraphModule:
+    """Needs insertion. Inductor does not deduplicate custom operators, so this does.
+
+    q = atom.linear(*quantize(reorder(x)), Wq)
+    k = atom.linear(*quantize(reorder(x)), Wk)
+    v = atom.linear(*quantize(reorder(x)), Wv)
+      ->  c = quantize(reorder(x))
+          qkv = atom.linear(*c, [Wq; Wk; Wv])
+          q, k, v = qkv[..., :a], qkv[..., a:b], qkv[..., b:]
+    """
+    _deduplicate(gm.graph)
+    readers: dict[Any, list[Node]] = defaultdict(list)
+    for node in gm.graph.nodes:
+        if is_call(node, linear):
+            readers[node.args[0], node.args[-1]].append(node)
+    for nodes in readers.values():
+        if len(nodes) > 1:
+            _merge(gm.graph, nodes, record)
+    return gm
+
+
+def _deduplicate(graph: Graph) -> None:
+    seen: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        quantized = is_call(node, operator.getitem) and is_call(node.args[0], quantize)
+        if not quantized and not is_call(node, reorder, quantize):
+            continue
+        first = seen.setdefault((node.target, node.args), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _merge(graph: Graph, nodes: list[Node], record: Record) -> None:
+    packed: list[PackedLinear] = [node.meta["atom_packed"] for node in nodes]
+    names = [part.weight.name for one in packed for part in one.parts]
+    biases = {
+        value(part.bias).dtype for one in packed for part in one.parts if part.bias is not None
+    }
+    refused = "their biases differ in dtype" if len(biases) > 1 else _refused(nodes)
+    if refused:
+        record.remark(names, f"not merged into one product: {refused}")
+        return
+    parts = tuple(part for one in packed for part in one.parts)
+    merged = PackedLinear(
+        parts, packed[0].column_order, packed[0].layout, packed[0].bits, packed[0].clip
+    )
+    codes, scale, *_, residual, dtype = nodes[0].args
+    weight_nodes = weight_placeholders(graph, merged)
+    with graph.inserting_before(nodes[0]):
+        product = call(graph, linear, (codes, scale, *weight_nodes, residual, dtype), like=nodes[0])
+        product.meta["atom_packed"] = merged
+        start = 0
+        for index, (node, part) in enumerate(zip(nodes, parts, strict=True)):
+            rows = (..., slice(start, start + part.out_features))
+            piece = call(graph, operator.getitem, (product, rows), like=node)
+            piece.meta["atom_part"] = index
+            start += part.out_features
+            node.replace_all_uses_with(piece)
+    for node in nodes:
+        graph.erase_node(node)
+    record.remark(names, f"one product of {merged.out_features} rows")
+
+
+def _refused(nodes: list[Node]) -> str | None:
+    """A slice of a product is not contiguous: a user that needs a flat view forbids the merge."""
+    width = sum(value(node).shape[-1] for node in nodes)
+    for node in nodes:
+        fake = value(node)
+        with fake.fake_mode:
+            piece = fake.new_empty(*fake.shape[:-1], width)[..., : fake.shape[-1]]
+            for user in node.users:
+                if user.op != "call_method" or user.target != "view" or user.args[0] is not node:
+                    continue
+                try:
+                    piece.view(*torch.fx.map_arg(user.args[1:], value))
+                except (RuntimeError, ValueError):
+                    return f"{user.name} views one of them as if it were contiguous"
+    return None
