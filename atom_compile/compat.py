@@ -1,0 +1,70 @@
+"""Whatever depends on torch's version or reaches into its private parts. Nothing else may."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+
+def compile_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    config_patches: dict[str, Any],
+    references: dict[Any, Callable[..., Any]],
+    cache_key: str,
+) -> Callable[..., Any]:
+    """Inductor, for inference. `references`: operators to compile as their decompositions.
+
+    Inductor's caches see neither decompositions nor kernels nor passes; `cache_key` speaks for all.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    decompositions = {**select_decomp_table(), **references} if references else None
+    with torch.no_grad(), torch.compiler.config.patch(cache_key_tag=cache_key):  # type: ignore[attr-defined]
+        compiled: Callable[..., Any] = compile_fx(  # type: ignore[assignment]
+            gm, list(example_inputs), config_patches=config_patches, decompositions=decompositions
+        )
+    return compiled
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """What `torch.compile(mode=...)` means to Inductor."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode else {}
+
+
+def inductor_options() -> set[str]:
+    from torch._inductor import list_options
+
+    return set(list_options())
+
+
+def modules_being_compiled() -> dict[str, torch.nn.Module]:
+    """The modules among the local variables of the frame being compiled, by name.
+
+    As a rule that is `self` alone. A backend is not handed the model, but Dynamo's tracer, up the
+    stack, knows the frame's variables.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        tracer: Any = frame.f_locals.get("self")
+        if type(tracer).__name__ == "OutputGraph":
+            scope = tracer.local_scope
+            return {
+                name: local for name, local in scope.items() if isinstance(local, torch.nn.Module)
+            }
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
+
+
+def source_name(node: torch.fx.Node) -> str:
+    """How the frame reaches a placeholder: "L['self']._modules['mlp']._parameters['weight']"."""
+    name = node._dynamo_source.name  # type: ignore[attr-defined]
+    return str(name() if callable(name) else name)  # a method before torch 2.12

@@ -1,0 +1,78 @@
+"""What the numbers are: bits, groups, outlier channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import OptionError, unknown
+from .kernels.packing import GroupLayout
+
+# the kernels' tiles; float32 holds a group's sum exactly up to 1024
+_GROUP_SIZES = (64, 128, 256, 512, 1024)
+# outlier channels come in whole 16-byte loads
+_OUTLIER_STEP = 16
+# at most one channel in so many is an outlier: 128 of 768 measured best on a narrow model
+_LEAST_SHARE = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How linears are quantized. Source: Atom (arXiv 2310.19102), section 4.
+
+    weight_bits: 2 to 4, symmetric, one scale per output row and `group_size` input channels.
+    activation_bits: 2 to 8, symmetric, one scale per token and group, found at run time.
+    group_size: 64, 128, 256, 512 or 1024 channels.
+    outlier_channels: this many input channels of the largest magnitude are INT8 in weight and
+        activation. A narrow layer takes fewer (see `layout`); 0 turns outlier channels off.
+    weight_clip, activation_clip: the share of a group's largest magnitude that the grid spans, in
+        (0, 1]. Atom's own are 0.85 and 0.9; the defaults measured better on the models that this
+        project tests with.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    group_size: int = 128
+    outlier_channels: int = 128
+    weight_clip: float = 0.75
+    activation_clip: float = 0.85
+
+    def __post_init__(self) -> None:
+        if self.weight_bits not in range(2, 5):
+            raise OptionError(f"weight_bits is {self.weight_bits}; INT4 storage holds 2, 3 or 4")
+        if self.activation_bits not in range(2, 9):
+            raise OptionError(f"activation_bits is {self.activation_bits}; it must be 2 to 8")
+        if self.group_size not in _GROUP_SIZES:
+            raise OptionError(f"group_size is {self.group_size}; it must be one of {_GROUP_SIZES}")
+        if self.outlier_channels < 0 or self.outlier_channels % _OUTLIER_STEP:
+            raise OptionError(
+                f"outlier_channels is {self.outlier_channels}; "
+                f"it must be 0 or a multiple of {_OUTLIER_STEP}"
+            )
+        for name in ("weight_clip", "activation_clip"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise OptionError(
+                    f"{name} is {getattr(self, name)}; it must be over 0 and at most 1"
+                )
+
+    @classmethod
+    def preset(cls, name: str) -> Scheme:
+        """`w4a4` (Atom) or `w4a8` (INT8 activations without clip, 32 outlier channels)."""
+        if name not in PRESETS:
+            raise OptionError(unknown("scheme", name, PRESETS))
+        return PRESETS[name]
+
+    @classmethod
+    def of(cls, scheme: Scheme | str) -> Scheme:
+        return scheme if isinstance(scheme, Scheme) else cls.preset(scheme)
+
+    def layout(self, width: int) -> GroupLayout:
+        """The cut of `width` input channels; at most width / 6 of them become outliers."""
+        fitting = width // _LEAST_SHARE // _OUTLIER_STEP * _OUTLIER_STEP
+        return GroupLayout(width, self.group_size, min(self.outlier_channels, fitting))
+
+
+PRESETS = {
+    "w4a4": Scheme(),
+    # INT8 groups need fewer outlier channels; the fewer share one scale, the better they are kept
+    "w4a8": Scheme(activation_bits=8, outlier_channels=32, activation_clip=1.0),
+}
