@@ -1,0 +1,76 @@
+"""What a benchmark case is: an operator, its reference, and how its random inputs are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..scheme import Scheme
+from .shapes import Shape
+
+# Limits of relative errors. A code that rounds the other way is off by a whole step of its group,
+# and Inductor, which keeps float32 between the operations that it fuses, turns about one code in a
+# hundred. INT4 itself costs a layer of random weights about 0.3; a wrong layer is off by 1 or more.
+SAME_ROUNDING, OTHER_ROUNDING, INT4 = 1e-2, 1e-1, 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One variant ("baseline", "unfused" or "fused") of one operator at M tokens.
+
+    `function` is timed on what `inputs` draws. `observe(outputs, *inputs)` makes of its outputs
+    what `reference(*inputs)` returns, and the two may be `limit` apart. `weight_bytes`: of weights
+    that are not among the inputs.
+    """
+
+    op: str
+    variant: str
+    runs: str
+    M: int
+    N: int | None  # of a linear
+    K: int
+    inputs: Callable[[Draw], tuple[Any, ...]]
+    function: Callable[..., Any]
+    reference: Callable[..., Tensor]
+    observe: Callable[..., Tensor]
+    limit: float
+    weight_bytes: int = 0
+
+
+class Draw:
+    """Random tensors, the same for the same `index`."""
+
+    def __init__(self, index: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.index, self._device, self._dtype = index, device, dtype
+        self._generator = torch.Generator(device).manual_seed(index)
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self._generator, device=self._device, dtype=self._dtype)
+
+    def norm_weight(self, width: int) -> Tensor:
+        return 1 + 0.1 * self.normal(width)
+
+    def order(self, width: int) -> Tensor:
+        return torch.randperm(width, generator=self._generator, device=self._device).int()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all cases of one run share."""
+
+    shape: Shape
+    scheme: Scheme
+    tokens: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def baseline(self) -> str:
+        return {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
+
+    def draw(self, index: int) -> Draw:
+        return Draw(index, self.device, self.dtype)

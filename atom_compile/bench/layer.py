@@ -1,0 +1,137 @@
+"""A decoder layer of random weights: 16 bits by Inductor, unfused and fused by the backend."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backend import atom
+from ..kernels.packing import GroupLayout
+from .cases import INT4, OTHER_ROUNDING, Case, Draw, Setting
+from .shapes import Shape
+
+_MOST_LAYERS = 4  # to rotate through
+_LIMITS = {"baseline": 5e-2, "unfused": INT4, "fused": OTHER_ROUNDING}
+_RUNS = {
+    "baseline": "LlamaDecoderLayer compiled by Inductor",
+    "unfused": 'LlamaDecoderLayer compiled by "atom", fuse=False',
+    "fused": 'LlamaDecoderLayer compiled by "atom", fuse=True',
+}
+
+
+def layer_cases(setting: Setting) -> Iterator[Case]:
+    """One variant after the other, so that only one variant's layers are in memory."""
+    unfused_changes: dict[int, Tensor] = {}
+    for variant in _RUNS:
+        torch.compiler.reset()  # else the variants share one code's limit on recompilations
+        layer = functools.cache(functools.partial(_compiled_layer, setting, variant))
+        for M in setting.tokens:
+            yield _layer_case(setting, variant, M, layer, unfused_changes)
+
+
+def _layer_case(
+    setting: Setting,
+    variant: str,
+    M: int,
+    layer: Callable[[int], nn.Module],
+    unfused_changes: dict[int, Tensor],
+) -> Case:
+    """Compares what the layer adds to its input.
+
+    Baseline and unfused are compared with the eager layer, fused with unfused. `layer(i)` is the
+    i-th to rotate through.
+    """
+    rotary = _rotary(setting)
+
+    def inputs(draw: Draw) -> tuple[Any, ...]:
+        x = draw.normal(1, M, setting.shape.hidden)
+        cos_sin = rotary(x, torch.arange(M, device=setting.device)[None])
+        return layer(draw.index % _MOST_LAYERS), x, cos_sin
+
+    def change(out: Tensor, _: nn.Module, x: Tensor, __: Any) -> Tensor:
+        if variant == "unfused":
+            unfused_changes[M] = out - x
+        return out - x
+
+    def reference(layer: nn.Module, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+        if variant != "fused":
+            eager: Tensor = layer.forward(x, position_embeddings=cos_sin)  # __call__ is compiled
+            return eager - x
+        if M not in unfused_changes:
+            raise RuntimeError("the unfused layer left no result to compare with")
+        return unfused_changes[M]
+
+    return Case(
+        op="decoder_layer",
+        variant=variant,
+        runs=_RUNS[variant],
+        M=M,
+        N=None,
+        K=setting.shape.hidden,
+        inputs=inputs,
+        function=lambda layer, x, cos_sin: layer(x, position_embeddings=cos_sin),
+        reference=reference,
+        observe=change,
+        limit=_LIMITS[variant],
+        weight_bytes=_weight_bytes(setting, variant),
+    )
+
+
+def _compiled_layer(setting: Setting, variant: str, index: int) -> nn.Module:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    with torch.device("meta"):
+        layer: nn.Module = LlamaDecoderLayer(_config(setting.shape), layer_idx=0)
+    layer = layer.to(setting.dtype).to_empty(device=setting.device).eval()
+    draw = setting.draw(1 + index + _MOST_LAYERS)  # other numbers than the layer's input
+    for weight in layer.parameters():
+        size = weight.shape
+        random = draw.norm_weight(*size) if len(size) == 1 else draw.normal(*size) * size[1] ** -0.5
+        weight.copy_(random)
+    if variant == "baseline":
+        layer.compile(fullgraph=True)
+    else:
+        options = {"scheme": setting.scheme, "fuse": variant == "fused", "strict": True}
+        layer.compile(backend=atom, fullgraph=True, options=options)
+    return layer
+
+
+def _rotary(setting: Setting) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = LlamaRotaryEmbedding(
+        _config(setting.shape)
+    )
+    return rotary
+
+
+def _config(shape: Shape) -> Any:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        num_hidden_layers=1,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def _weight_bytes(setting: Setting, variant: str) -> int:
+    if variant == "baseline":
+        return sum(N * K * setting.dtype.itemsize for N, K in setting.shape.linears.values())
+    layout = setting.scheme.layout
+    return sum(_packed_bytes(N, layout(K)) for N, K in setting.shape.linears.values())
+
+
+def _packed_bytes(N: int, layout: GroupLayout) -> int:
+    """Of a `PackedWeight`: codes and bfloat16 scales, INT8 outliers and float32 scales."""
+    grouped = layout.num_groups * (layout.group_size // 2 + 2)
+    return N * (grouped + layout.outlier_channels + 4)

@@ -1,0 +1,130 @@
+"""How the benchmark times a call: CUDA-graph replays on a GPU, the wall clock on a CPU.
+
+Calls come as a list of copies, each with inputs of its own, so that together they read past the
+last-level cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+_MOST_COPIES = 32  # of inputs so small that a model's previous kernel leaves them in the cache
+_MOST_CALLS = 64  # in one replay
+_REPLAY_SECONDS = 2e-3  # long enough that the launch of a replay hides behind the one before
+_LEAST_SAMPLES, _MOST_SAMPLES = 5, 100
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and interquartile range of one call's time.
+
+    `how`: "graph replay", "events" or "wall clock".
+    """
+
+    median_us: float
+    iqr_us: float
+    how: str
+
+
+def copies_past_cache(bytes_per_call: int, device: torch.device) -> int:
+    """How many sets of inputs exceed twice the L2 together, within a quarter of the free memory."""
+    if device.type != "cuda":
+        return 2
+    properties = torch.cuda.get_device_properties(device)
+    cache = getattr(properties, "L2_cache_size", 64 << 20)
+    free, _ = torch.cuda.mem_get_info(device)
+    wanted = min(2 * cache // bytes_per_call + 2, _MOST_COPIES)
+    return int(max(1, min(wanted, free // 4 // bytes_per_call)))
+
+
+def measure(calls: Sequence[Call], device: torch.device, seconds: float) -> Timing:
+    """The time of one of `calls`, from samples over about `seconds`."""
+    if device.type != "cuda":
+        return _summary(_time_by_clock(calls, seconds), len(calls), "wall clock")
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        passes = _passes_per_replay(calls)
+        try:
+            repeat, how = _capture(calls, passes, stream).replay, "graph replay"
+        except RuntimeError:  # something in the calls synchronizes: launch them one by one
+            repeat, how = (lambda: _run(calls, passes)), "events"
+        samples = _time_by_events(repeat, seconds)
+    return _summary(samples, passes * len(calls), how)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read plus bytes written by a large copy on the device, in GB/s."""
+    size = 1 << 30 if device.type == "cuda" else 64 << 20
+    pairs = [torch.ones(2, size, dtype=torch.uint8, device=device) for _ in range(2)]
+    calls = [functools.partial(torch.Tensor.copy_, *pair) for pair in pairs]
+    return 2 * size / measure(calls, device, 0.05).median_us / 1e3
+
+
+def _run(calls: Sequence[Call], passes: int) -> None:
+    for _ in range(passes):
+        for call in calls:
+            call()
+
+
+def _passes_per_replay(calls: Sequence[Call]) -> int:
+    """Warms up, so that compiling and packing stay out of a capture, and then times one pass."""
+    _run(calls, 2)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    _run(calls, 1)
+    torch.cuda.synchronize()
+    wanted = int(_REPLAY_SECONDS / (time.perf_counter() - start))
+    return max(1, min(wanted, _MOST_CALLS // len(calls)))
+
+
+def _capture(calls: Sequence[Call], passes: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        _run(calls, passes)
+    return graph
+
+
+def _time_by_events(repeat: Callable[[], object], seconds: float) -> list[float]:
+    start = time.perf_counter()
+    for _ in range(3):
+        repeat()
+    torch.cuda.synchronize()
+    samples = _samples_within(seconds, (time.perf_counter() - start) / 3)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
+    events[0].record()
+    for event in events[1:]:
+        repeat()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(events)]
+
+
+def _time_by_clock(calls: Sequence[Call], seconds: float) -> list[float]:
+    _run(calls, 1)
+    samples: list[float] = []
+    while len(samples) < _samples_within(seconds, sum(samples) / max(1, len(samples))):
+        start = time.perf_counter()
+        _run(calls, 1)
+        samples.append(time.perf_counter() - start)
+    return samples
+
+
+def _samples_within(seconds: float, one: float) -> int:
+    return max(_LEAST_SAMPLES, min(int(seconds / max(one, 1e-9)), _MOST_SAMPLES))
+
+
+def _summary(samples: list[float], calls_per_sample: int, how: str) -> Timing:
+    low, median, high = statistics.quantiles(
+        (1e6 * sample / calls_per_sample for sample in samples), n=4
+    )
+    return Timing(median, high - low, how)

@@ -1,0 +1,45 @@
+"""What the tests of passes and of the backend share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from atom_compile.backend import rewrite
+from atom_compile.capture import captured
+from atom_compile.options import Options
+from atom_compile.passes.pipeline import Rewrite
+
+
+def rewrites(model: Callable[..., Any], *inputs: Any, **options: Any) -> list[Rewrite]:
+    """The rewritten graphs of one call of `model`."""
+    runs: list[Rewrite] = []
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        runs.append(rewrite(gm, Options.parse(options), keep_graphs=True))
+        return gm.forward
+
+    with torch.no_grad():
+        captured(model, backend)(*inputs)
+    return runs
+
+
+def atom_operators(model: Callable[..., Any], *inputs: Any, **options: Any) -> dict[str, int]:
+    """How often each of our operators is in the rewritten graph, and how many linears were left."""
+    total: Counter[str] = Counter()
+    for run in rewrites(model, *inputs, **options):
+        total += run.record.stages[-1].operators
+    return {name: count for name, count in total.items() if "atom." in name or name == "linear"}
+
+
+def token_batch(batch: int = 2, length: int = 12, vocabulary: int = 96) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, vocabulary, (batch, length), generator=generator)
+
+
+def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).double().norm() / wanted.double().norm())

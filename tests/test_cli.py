@@ -1,0 +1,166 @@
+"""The command line: help, errors without tracebacks, each command on the embedded model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from atom_compile import Recipe
+from atom_compile.cli import app
+
+MODEL = Path(__file__).parents[1] / "examples" / "prose-llama-5m"
+WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """The exit status and all that was printed."""
+    result = CliRunner(env=WIDE).invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("explain", ["--scheme", "--recipe", "--tokens", "--stage", "--out"]),
+        ("calibrate", ["--text", "--out", "--scheme", "--windows", "--length"]),
+        ("bench", ["--model", "--tokens", "--scheme", "--level", "--device", "--out", "--quick"]),
+    ],
+)
+def test_help_describes_every_option(command: str, options: list[str]) -> None:
+    status, output = run(command, "--help")
+    assert status == 0
+    assert all(option in output for option in options)
+
+
+def test_help_lists_the_commands() -> None:
+    status, output = run("--help")
+    assert status == 0
+    assert all(command in output for command in ("explain", "calibrate", "bench"))
+
+
+def test_a_missing_model_directory_is_one_line(tmp_path: Path) -> None:
+    status, output = run("explain", tmp_path / "nowhere")
+    assert status == 2
+    assert output.endswith("nowhere is no directory; give one that save_pretrained wrote\n")
+    assert output.count("\n") == 1
+
+
+def test_a_directory_without_a_model(tmp_path: Path) -> None:
+    status, output = run("explain", tmp_path)
+    assert status == 2
+    assert "holds no config.json; give a directory that save_pretrained wrote" in output
+
+
+def test_a_directory_that_transformers_cannot_load(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    status, output = run("explain", tmp_path)
+    assert status == 2
+    assert "transformers cannot load the model in" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "1,x"], "--tokens is '1,x'; it must be whole numbers such as 1,16,64"),
+        (["--tokens", "0"], "every number must be at least 1"),
+        (["--model", "llama3-8"], "did you mean 'llama3-8b'"),
+        (["--level", "everything"], "unknown level 'everything'"),
+        (["--scheme", "w4"], "unknown scheme 'w4'"),
+    ],
+)
+def test_bench_refuses_what_makes_no_sense(arguments: list[str], message: str) -> None:
+    status, output = run("bench", *arguments)
+    assert status == 2
+    assert message in output
+    assert "Traceback" not in output
+
+
+@pytest.fixture
+def _eager_on_one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_eager_on_one_thread")
+def test_bench_writes_table_numbers_and_plot(tmp_path: Path) -> None:
+    status, output = run("bench", "--device", "cpu", "--quick", "--tokens", "2", "--out", tmp_path)
+    assert status == 0, output
+    assert "gate_up_proj" in output
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png", ".txt"]
+
+
+@pytest.mark.usefixtures("_eager_on_one_thread")
+def test_bench_exits_with_1_if_a_check_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atom_compile.bench.operators.SAME_ROUNDING", -1.0)
+    status, output = run(
+        "bench", "--device", "cpu", "--tokens", "2", "--level", "operators", "--out", tmp_path
+    )
+    assert status == 1
+    assert "is over -1" in output
+
+
+def test_explain_prints_the_report_and_writes_it(tmp_path: Path) -> None:
+    status, output = run("explain", MODEL, "--tokens", 8, "--out", tmp_path / "new" / "report.json")
+    assert status == 0, output
+    assert "28 of 29 linears rewritten" in output
+    report = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert report["operators"]["atom.linear"] == 16
+
+
+def test_explain_prints_a_stage_and_draws_it(tmp_path: Path) -> None:
+    status, output = run(
+        "explain", MODEL, "--stage", "insert_quantization", "--out", tmp_path / "graph.dot"
+    )
+    assert status == 0, output
+    assert output.count("torch.ops.atom.linear") == 28
+    assert "digraph" in (tmp_path / "graph.dot").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stage", "verifi"], "unknown stage 'verifi'; did you mean 'verify'"),
+        (["--scheme", "w4"], "unknown scheme 'w4'"),
+        (["--recipe", "nowhere.safetensors"], "nowhere.safetensors is no file"),
+    ],
+)
+def test_explain_refuses_what_makes_no_sense(arguments: list[str], message: str) -> None:
+    status, output = run("explain", MODEL, *arguments)
+    assert status == 2
+    assert message in output
+
+
+def test_calibrate_writes_a_recipe_that_explain_reads(tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "new" / "recipe.safetensors"
+    text.write_text("The sea was calm, and the ship lay still.\n" * 40)
+    status, output = run(
+        "calibrate", MODEL, "--text", text, "--out", out,
+        "--windows", 3, "--length", 64, "--scheme", "w4a8",
+    )  # fmt: skip
+    assert status == 0, output
+    assert "29 linears, 3 windows" in output
+    assert Recipe.load(out).scheme.activation_bits == 8
+    status, output = run("explain", MODEL, "--tokens", 4, "--recipe", out)
+    assert status == 0, output
+
+
+def test_calibrate_refuses_a_short_or_missing_text(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    arguments = ("calibrate", MODEL, "--text", text, "--out", tmp_path / "recipe.safetensors")
+    status, output = run(*arguments)
+    assert status == 2
+    assert "text.txt is no file; give the text to calibrate on" in output
+    text.write_text("Too short.")
+    status, output = run(*arguments)
+    assert status == 2
+    assert "less than one window of --length 512" in output
