@@ -4,6 +4,8 @@
 #   TORCH    what to install in place of the tested torch         make demo TORCH=torch==2.11.0
 #            (a version, or the path of a wheel: another CUDA)    make demo TORCH=/path/to/torch.whl
 #   VENV     where the environment goes                           make test VENV=/tmp/venv
+#   TESTS    which tests, and any option of pytest                make test TESTS="tests/kernels -x"
+#   BENCH    options of the benchmark                             make bench BENCH="--quick"
 # `pip` reads its own settings (index, proxy, cache) from PIP_* variables and pip.conf, as always.
 
 SHELL := bash
@@ -13,6 +15,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
+TESTS ?=
 BENCH ?=
 
 BIN := $(VENV)/bin
@@ -29,7 +32,7 @@ demo: $(VENV)/demo.stamp  ## set up, then run examples/quickstart.py: a model be
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/dev.stamp  ## set up, then run the tests
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(TESTS)
 
 check: $(VENV)/dev.stamp  ## lint, format, types
 	$(BIN)/ruff check .
@@ -40,7 +43,7 @@ format: $(VENV)/dev.stamp  ## sort imports and lay the code out
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/demo.stamp  ## time fused against unfused operators (BENCH="..." passes options on)
+bench: $(VENV)/demo.stamp  ## time fused against unfused operators
 	$(BIN)/atom-compile bench $(BENCH)
 
 clean:  ## remove the environment and everything built or cached

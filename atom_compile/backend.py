@@ -77,6 +77,7 @@ def rewrite(gm: GraphModule, options: Options, keep_graphs: bool = False) -> Rew
         scheme=options.scheme,
         recipe=options.recipe,
         include_head=options.include_head,
+        include_embeddings=options.include_embeddings,
         skip=options.skip,
         fuse=options.fuse,
         keep_graphs=keep_graphs,

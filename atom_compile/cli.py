@@ -15,6 +15,7 @@ from torch import Tensor
 from . import bench as benchmark
 from .calibrate import calibrate as calibrate_model
 from .errors import AtomError, OptionError
+from .evaluate import text_windows
 from .explain import explain as explain_model
 
 P = ParamSpec("P")
@@ -204,19 +205,12 @@ def _require_model(folder: Path) -> None:
 
 
 def _read_windows(folder: Path, text: Path, windows: int, length: int) -> Tensor:
-    """(windows, length) tokens, spread evenly over the text; fewer windows if the text is short."""
     from transformers import AutoTokenizer
 
     if not text.is_file():
         raise AtomError(f"{text} is no file; give the text to calibrate on")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    content = text.read_text(encoding="utf-8")
-    ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
-    count = min(windows, len(ids) // length)
-    if count == 0:
-        raise AtomError(f"{text} has {len(ids)} tokens, less than one window of --length {length}")
-    starts = torch.linspace(0, len(ids) - length, count).long()
-    return torch.stack([ids[start : start + length] for start in starts])
+    return text_windows(tokenizer, text.read_text(encoding="utf-8"), windows, length)
 
 
 def _make_parent(path: Path) -> None:

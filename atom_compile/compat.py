@@ -25,12 +25,23 @@ def compile_graph(
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    decompositions = {**select_decomp_table(), **references} if references else None
+    decompositions = _Table({**select_decomp_table(), **references}) if references else None
     with torch.no_grad(), torch.compiler.config.patch(cache_key_tag=cache_key):  # type: ignore[attr-defined]
         compiled: Callable[..., Any] = compile_fx(  # type: ignore[assignment]
             gm, list(example_inputs), config_patches=config_patches, decompositions=decompositions
         )
     return compiled
+
+
+class _Table(dict[Any, Any]):
+    """Decompositions that pickle as nothing.
+
+    Inductor pickles its arguments for the cache key, and some of torch's own decompositions cannot
+    be: a plain dict would switch the caches off.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, ()
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Options:
     recipe: a `Recipe`, or the path of a saved one; without it weights are rounded and ordered by
         what they tell.
     include_head: quantize the output head (lm_head) as well.
+    include_embeddings: quantize embedding tables as well.
     skip: patterns (`fnmatch`) of weights' parameter names to leave in their own precision:
         ["*.o_proj.weight"].
     fuse: False leaves the plain operators: reorder, quantize and linear, one of each per layer.
@@ -33,6 +34,7 @@ class Options:
     scheme: Scheme = field(default_factory=Scheme)
     recipe: Recipe | None = None
     include_head: bool = False
+    include_embeddings: bool = False
     skip: tuple[str, ...] = ()
     fuse: bool = True
     allow_unchanged: bool = False
@@ -50,7 +52,7 @@ class Options:
         given["recipe"] = _recipe(given.get("recipe"))
         given["scheme"] = _scheme(given.get("scheme"), given["recipe"])
         given["skip"] = _patterns(given.get("skip", ()))
-        for name in ("include_head", "fuse", "allow_unchanged", "strict"):
+        for name in ("include_head", "include_embeddings", "fuse", "allow_unchanged", "strict"):
             if not isinstance(given.get(name, False), bool):
                 raise OptionError(f"option {name} is {given[name]!r}; it must be True or False")
         for name in given.get("inductor", {}):

@@ -56,7 +56,7 @@ class Scheme:
 
     @classmethod
     def preset(cls, name: str) -> Scheme:
-        """`w4a4` (Atom) or `w4a8` (INT8 activations without clip, 32 outlier channels)."""
+        """`w4a4` (Atom) or `w4a8` (INT8 activations without clip, 48 outlier channels)."""
         if name not in PRESETS:
             raise OptionError(unknown("scheme", name, PRESETS))
         return PRESETS[name]
@@ -74,5 +74,5 @@ class Scheme:
 PRESETS = {
     "w4a4": Scheme(),
     # INT8 groups need fewer outlier channels; the fewer share one scale, the better they are kept
-    "w4a8": Scheme(activation_bits=8, outlier_channels=32, activation_clip=1.0),
+    "w4a8": Scheme(activation_bits=8, outlier_channels=48, activation_clip=1.0),
 }

@@ -156,3 +156,24 @@ class PackedLinear:
             torch.cat(outlier_scales),
             torch.cat(biases) if self.has_bias else None,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTable:
+    """An embedding table's packed weight and scale; its channels stay in their order."""
+
+    table: WeightRef
+    layout: GroupLayout
+    bits: int
+    clip: float
+
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        return (self.table.node,)
+
+    def signature(self) -> Hashable:
+        return "table", self.layout, self.bits, self.clip
+
+    def compute(self, tensors: Mapping[Node, Tensor]) -> tuple[Tensor | None, ...]:
+        packed = pack_weight(self.table.read(tensors), self.layout, self.bits, self.clip)
+        return packed.weight, packed.weight_scale

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from .canonical import canonicalize
 from .derived import RecipeLike
+from .embeddings import quantize_embeddings
 from .folding import fold_reorders
 from .graphs import copy_graph_module
 from .insertion import insert_quantization
@@ -36,6 +37,7 @@ class Rewrite:
     scheme: Scheme
     recipe: RecipeLike | None
     include_head: bool
+    include_embeddings: bool
     skip: Sequence[str]
     record: Record
     planned: list[PlannedLinear] = field(default_factory=list)
@@ -52,6 +54,15 @@ def _plan(run: Rewrite) -> GraphModule:
     return run.gm
 
 
+def _embeddings(run: Rewrite) -> GraphModule:
+    if not run.include_embeddings:
+        return run.gm
+    scheme = run.scheme
+    return quantize_embeddings(
+        run.gm, scheme.group_size, scheme.weight_bits, scheme.weight_clip, run.record
+    )
+
+
 Pass = tuple[str, str, Callable[[Rewrite], GraphModule]]
 
 PLAIN: tuple[Pass, ...] = (
@@ -62,6 +73,7 @@ PLAIN: tuple[Pass, ...] = (
         "each linear becomes reorder, quantize, linear",
         lambda run: insert_quantization(run.gm, run.planned, run.scheme),
     ),
+    ("quantize_embeddings", "only if asked for", _embeddings),
 )
 FUSED: tuple[Pass, ...] = (
     (
@@ -93,6 +105,7 @@ def rewrite(
     scheme: Scheme,
     recipe: RecipeLike | None = None,
     include_head: bool = False,
+    include_embeddings: bool = False,
     skip: Sequence[str] = (),
     fuse: bool = True,
     keep_graphs: bool = False,
@@ -115,6 +128,7 @@ def rewrite(
         scheme,
         recipe,
         include_head,
+        include_embeddings,
         tuple(skip),
         record,
         arguments=tuple(copies.values()),

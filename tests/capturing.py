@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from atom_compile.backend import rewrite
+from atom_compile.backend import bind_inputs, rewrite
 from atom_compile.capture import captured
 from atom_compile.options import Options
 from atom_compile.passes.pipeline import Rewrite
+from atom_compile.store import Dispatcher
 
 
 def rewrites(model: Callable[..., Any], *inputs: Any, **options: Any) -> list[Rewrite]:
@@ -26,6 +27,28 @@ def rewrites(model: Callable[..., Any], *inputs: Any, **options: Any) -> list[Re
     with torch.no_grad():
         captured(model, backend)(*inputs)
     return runs
+
+
+def arguments_of(model: Callable[..., Any], *inputs: Any) -> list[Any]:
+    """What Dynamo would call a compiled graph of `model` with."""
+    seen: list[Any] = []
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        seen.extend(example_inputs)
+        return gm.forward
+
+    with torch.no_grad():
+        captured(model, backend)(*inputs)
+    return seen
+
+
+def reference_output(model: Callable[..., Any], ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The last result of the rewritten graph, run on the CPU through the references."""
+    (run,) = rewrites(model, ids, **options)
+    inputs = bind_inputs(run)
+    dispatcher = Dispatcher(run.gm.forward, run.arguments, inputs)
+    results: Any = dispatcher(*arguments_of(model, ids))
+    return results[-1]  # type: ignore[no-any-return]
 
 
 def atom_operators(model: Callable[..., Any], *inputs: Any, **options: Any) -> dict[str, int]:

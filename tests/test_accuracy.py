@@ -6,18 +6,17 @@ Skipped where the reference models and texts, which are not part of the reposito
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import atom_compile
 from atom_compile import Scheme, compat
+from atom_compile.evaluate import perplexity, text_windows
 
 SHARED = Path(__file__).parents[2] / "shared"
 WINDOWS, LENGTH, BATCH = 24, 512, 6
@@ -25,21 +24,20 @@ WINDOWS, LENGTH, BATCH = 24, 512, 6
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the reference models are absent")
 
 
-def text_windows(name: str) -> list[Tensor]:
-    """Windows spread evenly over a text, in batches."""
+def shared_windows(name: str) -> list[Tensor]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models/prose-llama-25m")
     text = (SHARED / "text" / f"{name}.txt").read_text()
-    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
-    starts = torch.linspace(0, len(ids) - LENGTH, WINDOWS).long()
-    return list(torch.stack([ids[start : start + LENGTH] for start in starts]).split(BATCH))
+    return list(text_windows(tokenizer, text, WINDOWS, LENGTH).split(BATCH))
 
 
 def load(outliers: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(SHARED / "models/prose-llama-25m", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        SHARED / "models/prose-llama-25m", dtype=torch.float32
+    )
     if outliers:
         spec = importlib.util.spec_from_file_location("outliers", SHARED / "outliers.py")
         assert spec is not None and spec.loader is not None
@@ -49,18 +47,9 @@ def load(outliers: bool) -> Any:
     return model.eval()
 
 
-@torch.no_grad()
-def perplexity(model: Any, batches: list[Tensor]) -> float:
-    total = 0.0
-    for batch in batches:
-        logits = model(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-        total += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / (WINDOWS * (LENGTH - 1)))
-
-
 @pytest.fixture(scope="module")
 def validation() -> list[Tensor]:
-    return text_windows("validation")
+    return shared_windows("validation")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +60,7 @@ def float_perplexity(validation: list[Tensor]) -> float:
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "outliers"])
 def calibrated(request: pytest.FixtureRequest) -> tuple[Any, atom_compile.Recipe, bool]:
     model = load(request.param)
-    return model, atom_compile.calibrate(model, text_windows("calibration")), request.param
+    return model, atom_compile.calibrate(model, shared_windows("calibration")), request.param
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +80,9 @@ def ratio(model: Any, validation: list[Tensor], **options: Any) -> float:
     return got
 
 
-@pytest.mark.parametrize(("scheme", "plain", "outliers"), [("w4a4", 1.058, 1.070), ("w4a8", 1.010, 1.015)])
+@pytest.mark.parametrize(
+    ("scheme", "plain", "outliers"), [("w4a4", 1.058, 1.070), ("w4a8", 1.010, 1.015)]
+)
 def test_perplexity(
     scheme: str,
     plain: float,
@@ -107,7 +98,9 @@ def test_perplexity(
 
 
 def test_outliers_ruin_a_scheme_without_outlier_channels(
-    calibrated: tuple[Any, atom_compile.Recipe, bool], validation: list[Tensor], float_perplexity: float
+    calibrated: tuple[Any, atom_compile.Recipe, bool],
+    validation: list[Tensor],
+    float_perplexity: float,
 ) -> None:
     model, _, injected = calibrated
     if injected:

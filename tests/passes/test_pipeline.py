@@ -10,11 +10,16 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
 from atom_compile.backend import bind_inputs
-from atom_compile.capture import captured
 from atom_compile.passes.pipeline import Rewrite
 from atom_compile.store import Dispatcher
 
-from ..capturing import atom_operators, relative_error, rewrites, token_batch
+from ..capturing import (
+    arguments_of,
+    atom_operators,
+    relative_error,
+    rewrites,
+    token_batch,
+)
 from ..models import HandWritten, Scaling, Standardize, tiny_llama
 
 FUSED = {
@@ -38,6 +43,11 @@ class _Recording(Interpreter):
         return result
 
 
+def kept_inputs(run: Rewrite) -> list[Node]:
+    """The inputs that the rewritten graph still reads."""
+    return [node for node in run.gm.graph.find_nodes(op="placeholder") if node.users]
+
+
 def execute(run: Rewrite, arguments: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
     """The rewritten graph's results and all codes in it."""
     inputs = bind_inputs(run)
@@ -48,19 +58,6 @@ def execute(run: Rewrite, arguments: list[Any]) -> tuple[list[Tensor], list[Tens
     return list(results), interpreter.codes
 
 
-def arguments_of(model: nn.Module, ids: Tensor) -> list[Any]:
-    """What Dynamo would call a compiled graph of `model` with."""
-    seen: list[Any] = []
-
-    def backend(gm: Any, example_inputs: Any) -> Any:
-        seen.extend(example_inputs)
-        return gm.forward
-
-    with torch.no_grad():
-        captured(model, backend)(ids)
-    return seen
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_llama(dtype: torch.dtype) -> None:
     model, ids = tiny_llama().to(dtype), token_batch()
@@ -68,6 +65,9 @@ def test_llama(dtype: torch.dtype) -> None:
     plain = {"atom.reorder": 14, "atom.quantize": 14, "atom.linear": 14, "linear": 1}
     assert atom_operators(model, ids, fuse=False) == plain
     assert "linear" not in atom_operators(model, ids, include_head=True)
+    embedded = rewrites(model, ids, include_head=True, include_embeddings=True)[0]
+    assert embedded.record.stages[-1].operators["atom.embedding"] == 1
+    assert not any("embed_tokens" in one.name for one in kept_inputs(embedded))
     assert atom_operators(model, ids, skip=["*.o_proj.weight"])["linear"] == 3
 
 
