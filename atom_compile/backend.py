@@ -36,7 +36,8 @@ def atom(
     parsed = Options.parse(options)
     refuse_training(gm)
     compile_graph = functools.partial(
-        compat.compile_graph, config_patches={**compat.mode_options(mode), **parsed.inductor}
+        compat.compile_graph,
+        config_patches={**compat.mode_options(mode or parsed.mode), **parsed.inductor},
     )
     try:
         run = rewrite(gm, parsed)

@@ -51,6 +51,12 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     return dict(list_mode_options(mode)) if mode else {}
 
 
+def modes() -> list[str]:
+    from torch._inductor import list_mode_options
+
+    return list(list_mode_options())
+
+
 def inductor_options() -> set[str]:
     from torch._inductor import list_options
 

@@ -28,6 +28,7 @@ class Options:
     allow_unchanged: compile a graph of which no linear can be quantized, instead of raising.
     strict: raise whatever goes wrong in a rewrite instead of compiling the graph as it was, with a
         warning.
+    mode: as `torch.compile(mode=...)`, which cannot be given beside options.
     inductor: options for Inductor, as in `torch.compile(options=...)`.
     """
 
@@ -39,6 +40,7 @@ class Options:
     fuse: bool = True
     allow_unchanged: bool = False
     strict: bool = False
+    mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -55,6 +57,8 @@ class Options:
         for name in ("include_head", "include_embeddings", "fuse", "allow_unchanged", "strict"):
             if not isinstance(given.get(name, False), bool):
                 raise OptionError(f"option {name} is {given[name]!r}; it must be True or False")
+        if given.get("mode") is not None and given["mode"] not in compat.modes():
+            raise OptionError(unknown("mode", str(given["mode"]), compat.modes()))
         for name in given.get("inductor", {}):
             if name not in compat.inductor_options():
                 raise OptionError(unknown("Inductor option", name, compat.inductor_options()))

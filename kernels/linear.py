@@ -1,10 +1,11 @@
-"""`atom::linear`: the product of quantized activations with a packed INT4 weight, exact group by group.
+"""`atom::linear`: quantized activations times a packed INT4 weight, exact group by group.
 
-    out[m, n] = sum_g scale[g, m] * weight_scale[g, n] * (sum of codes[m, k] * weight[n, k] over the k of group g)
-              + scale[G, m] * outlier_scale[n] * (sum of codes[m, k] * outlier_weight[n, k] over the outliers)
-              + bias[n]                                 rounded to the output's dtype, then + residual[m, n]
+    out[m, n] = sum_g scale[g, m] * weight_scale[g, n] * sum_k codes[m, k] * weight[n, k]
+              + scale[G, m] * outlier_scale[n] * sum_k codes[m, k] * outlier_weight[n, k]
+              + bias[n]                 rounded to the output's dtype, then + residual[m, n]
 
-The inner sums are integers, exact in every implementation. Source: Atom (arXiv 2310.19102), section 4.1 and 4.4.
+The sums over k, the channels of group g or the outliers, are integers and exact in every
+implementation. Source: Atom (arXiv 2310.19102), sections 4.1 and 4.4.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def reference(
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """codes (*, padded_width), scale (num_scales, *), the weight as packed by packing.py, bias (N,), residual (*, N).
+    """codes (*, padded_width), scale (num_scales, *), the weight as in packing.py, bias (N,),
+    residual (*, N) -> (*, N) in `dtype`.
 
-    Returns (*, N) in `dtype`. Float32 holds every inner sum exactly: it stays below 2^24 for groups of up to 1024.
+    Float32 holds every sum over a group exactly: with up to 1024 channels it stays below 2^24.
     """
     num_groups, N, half_group = weight.shape
     codes_MK = codes.reshape(-1, codes.shape[-1]).float()
@@ -70,6 +72,27 @@ def fake(
 
 
 @triton.jit
+def _unpack(packed, PTX: tl.constexpr):
+    """Packed rows (N, group / 2) -> 16 times their codes, (N, group) int8: codes in upper halves.
+
+    Both codes of a byte stay in the thread that the tensor cores want them in: nothing moves.
+    """
+    if PTX:  # four bytes at a time, where LLVM would shift them one by one
+        low = tl.inline_asm_elementwise(
+            "{ .reg .b32 shifted; shl.b32 shifted, $1, 4; and.b32 $0, shifted, 0xF0F0F0F0; }",
+            "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+        high = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        low = packed << 4
+        high = packed & -16
+    halves = tl.permute(tl.join(low, high), (0, 2, 1))
+    return tl.reshape(halves, (packed.shape[0], 2 * packed.shape[1]))
+
+
+@triton.jit
 def linear_kernel(
     codes_ptr,
     scale_ptr,
@@ -84,9 +107,8 @@ def linear_kernel(
     arrivals_ptr,
     M,
     N,
+    num_groups,
     codes_stride,
-    residual_stride,
-    NUM_GROUPS: tl.constexpr,
     HALF_GROUP: tl.constexpr,
     OUTLIERS: tl.constexpr,
     OUTLIER_BLOCK: tl.constexpr,
@@ -94,15 +116,20 @@ def linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     TILES_PER_BAND: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """One tile of out^T = weight codes^T: with the weight on the left it is unpacked in registers and stays there.
+    """One tile of out^T = weight codes^T: a weight on the left stays in registers, unpacked.
 
-    `SPLIT_K` programs share a tile: each leaves a float32 partial sum, and the last to arrive adds them up in order.
+    Programs along the grid's second axis split K: each leaves a float32 partial sum, and the last
+    to arrive adds them up in order.
     """
+    GROUP: tl.constexpr = 2 * HALF_GROUP
+    OUTLIERS_FIRST: tl.constexpr = BLOCK_M >= 64
     tile = tl.program_id(0)
     split = tl.program_id(1)
+    splits = tl.num_programs(1)
     # tiles go down bands of a few blocks of tokens, so that weights and activations stay in the L2
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -111,80 +138,99 @@ def linear_kernel(
     tile_m = band * TILES_PER_BAND + (tile % (TILES_PER_BAND * tiles_n)) % band_tiles
     tile_n = (tile % (TILES_PER_BAND * tiles_n)) // band_tiles
 
-    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     live_m = m < M
     live_n = n < N
-    m_row = tl.where(live_m, m, 0)  # rows past the end read the first one and are never stored
-    n_row = tl.where(live_n, n, 0)
-    half = tl.arange(0, HALF_GROUP)
-    codes_low = codes_ptr + m_row[None, :] * codes_stride + half[:, None]
-    weight_tile = weight_ptr + n_row[:, None] * HALF_GROUP + half[None, :]
+    # past the end, read what is not stored: tokens start over at the first one, since one place in
+    # memory that every program reads again and again would be the bottleneck
+    m_row = tl.where(live_m, m, tl.minimum(m - M, M - 1)).to(tl.int64)
+    n_row = tl.where(live_n, n, 0).to(tl.int64)
+    codes_rows = codes_ptr + m_row[None, :] * codes_stride
+    codes_tile = codes_rows + tl.arange(0, GROUP)[:, None]
+    weight_tile = weight_ptr + n_row[:, None] * HALF_GROUP + tl.arange(0, HALF_GROUP)[None, :]
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for group in range(split * NUM_GROUPS // SPLIT_K, (split + 1) * NUM_GROUPS // SPLIT_K):
+    has_outliers = split == splits - 1
+    if OUTLIERS > 0:
+        lane = tl.arange(0, OUTLIER_BLOCK)
+        live = (lane < OUTLIERS) & has_outliers
+        outlier_codes = tl.load(
+            codes_rows + num_groups * GROUP + lane[:, None], mask=live[:, None], other=0
+        )
+        outlier_weight = tl.load(
+            outlier_weight_ptr + n_row[:, None] * OUTLIERS + lane[None, :],
+            mask=live[None, :],
+            other=0,
+        )
+        outlier_scale = tl.load(
+            scale_ptr + tl.cast(num_groups, tl.int64) * M + m,
+            mask=live_m & has_outliers,
+            other=0.0,
+        )
+        outlier_weight_scale = (
+            tl.load(outlier_scale_ptr + n, mask=live_n & has_outliers, other=0.0) * 16.0
+        )
+        # a large tile needs these registers in its loop, a small one would wait for the loads
+        if OUTLIERS_FIRST:
+            if has_outliers:
+                sums = tl.dot(outlier_weight, outlier_codes, out_dtype=tl.int32)
+                acc += sums.to(tl.float32) * (
+                    outlier_weight_scale[:, None] * outlier_scale[None, :]
+                )
+
+    first = split * num_groups // splits
+    end = (split + 1) * num_groups // splits
+    weight_scale = tl.load(
+        weight_scale_ptr + tl.cast(first, tl.int64) * N + n, mask=live_n, other=0.0
+    )
+    scale = tl.load(scale_ptr + tl.cast(first, tl.int64) * M + m, mask=live_m, other=0.0)
+    for group in range(first, end):
+        # Triton does not pipeline loads this small: they are fetched one step ahead
+        following = tl.cast(tl.minimum(group + 1, num_groups - 1), tl.int64)
+        next_weight_scale = tl.load(weight_scale_ptr + following * N + n, mask=live_n, other=0.0)
+        next_scale = tl.load(scale_ptr + following * M + m, mask=live_m, other=0.0)
         packed = tl.load(weight_tile + tl.cast(group, tl.int64) * N * HALF_GROUP).to(
             tl.int8, bitcast=True
         )
-        x_low = tl.load(codes_low + group * (2 * HALF_GROUP))
-        x_high = tl.load(codes_low + group * (2 * HALF_GROUP) + HALF_GROUP)
-        # a code in the upper half of its byte is itself times 16: one operation each, and 1/16 at the end
-        sums = tl.dot(packed << 4, x_low, out_dtype=tl.int32)
-        sums = tl.dot(packed & -16, x_high, sums, out_dtype=tl.int32)
-        weight_scale = tl.load(weight_scale_ptr + tl.cast(group, tl.int64) * N + n_row).to(
-            tl.float32
-        )
-        scale = tl.load(scale_ptr + tl.cast(group, tl.int64) * M + m_row)
-        acc += sums.to(tl.float32) * (weight_scale[:, None] * scale[None, :])
-    acc *= 0.0625
-
+        codes = tl.load(codes_tile + group * GROUP)
+        sums = tl.dot(_unpack(packed, PTX), codes, out_dtype=tl.int32)
+        acc += sums.to(tl.float32) * (weight_scale.to(tl.float32)[:, None] * scale[None, :])
+        weight_scale = next_weight_scale
+        scale = next_scale
     if OUTLIERS > 0:
-        if split == SPLIT_K - 1:
-            lane = tl.arange(0, OUTLIER_BLOCK)
-            x = tl.load(
-                codes_ptr
-                + m_row[None, :] * codes_stride
-                + NUM_GROUPS * (2 * HALF_GROUP)
-                + lane[:, None],
-                mask=lane[:, None] < OUTLIERS,
-                other=0,
-            )
-            w = tl.load(
-                outlier_weight_ptr + n_row[:, None] * OUTLIERS + lane[None, :],
-                mask=lane[None, :] < OUTLIERS,
-                other=0,
-            )
-            scale = tl.load(scale_ptr + NUM_GROUPS * M + m_row)
-            outlier_scale = tl.load(outlier_scale_ptr + n_row)
-            acc += tl.dot(w, x, out_dtype=tl.int32).to(tl.float32) * (
-                outlier_scale[:, None] * scale[None, :]
-            )
+        if not OUTLIERS_FIRST:
+            if has_outliers:
+                sums = tl.dot(outlier_weight, outlier_codes, out_dtype=tl.int32)
+                acc += sums.to(tl.float32) * (
+                    outlier_weight_scale[:, None] * outlier_scale[None, :]
+                )
+    acc *= 0.0625  # the codes were 16 times themselves
 
     live = live_m[None, :] & live_n[:, None]
-    at = m[None, :] * N + n[:, None]
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
     last = True
-    if SPLIT_K > 1:
-        tl.store(partial_ptr + tl.cast(split, tl.int64) * M * N + at, acc, mask=live)
+    if IS_SPLIT:
+        partial_sums = partial_ptr + at
+        tl.store(partial_sums + tl.cast(split, tl.int64) * M * N, acc, mask=live)
         tl.debug_barrier()  # all threads' stores come before this program's arrival
-        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
+        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == splits - 1
         if last:
             acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            for other in range(SPLIT_K):
+            for other in range(splits):
                 acc += tl.load(
-                    partial_ptr + tl.cast(other, tl.int64) * M * N + at,
+                    partial_sums + tl.cast(other, tl.int64) * M * N,
                     mask=live,
                     other=0.0,
                     cache_modifier=".cg",
                 )
-            tl.store(arrivals_ptr + tile, 0)  # for the next call
+            tl.store(arrivals_ptr + tile, 0)  # for the next launch
     if last:
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + n_row).to(tl.float32)[:, None]
+            acc += tl.load(bias_ptr + n, mask=live_n, other=0.0).to(tl.float32)[:, None]
         out = acc.to(out_ptr.dtype.element_ty)
         if HAS_RESIDUAL:
-            residual = tl.load(
-                residual_ptr + m[None, :] * residual_stride + n[:, None], mask=live, other=0.0
-            )
+            residual = tl.load(residual_ptr + at, mask=live, other=0.0)
             out = (out.to(tl.float32) + residual.to(tl.float32)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, out, mask=live)
 
@@ -195,46 +241,67 @@ class Tiling(NamedTuple):
     block_n: int
     block_m: int
     split_k: int
-    num_warps: int
-    num_stages: int
+    num_warps: int = 4
+    num_stages: int = 3
 
 
 def default_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> Tiling:
-    """A sound choice for any shape: few tokens are split along K until the device is full, many are tiled."""
-    if M > 64:
-        return Tiling(128, 128, 1, 8, 3)
-    block_m = max(16, triton.next_power_of_2(M))
-    block_n = 64
-    wanted = triton.cdiv(4 * multiprocessors, triton.cdiv(N, block_n))
-    return Tiling(block_n, block_m, max(1, min(wanted, num_groups // 4, 16)), 4, 3)
+    """A sound choice for any shape: few tokens are split along K until the device is full.
+
+    The numbers were measured on an H100.
+    """
+    block_m = min(max(8, triton.next_power_of_2(M)), 128)
+    block_n = 128 if 16 <= block_m <= 64 and 128 * multiprocessors <= N else 64
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, 64)
+    resident = multiprocessors * (4 if block_m <= 32 else 3 if block_m == 64 else 2)  # registers
+    fewest_groups = 3 if block_m <= 16 else 7  # worth a partial sum of their own
+    lightest = 9 * num_groups // M  # else the partial sums outweigh the weights
+    most = 8 if block_m <= 32 else 4
+    split_k = max(1, min(resident // tiles, num_groups // fewest_groups, lightest, most))
+    return Tiling(block_n, block_m, 1 << (split_k.bit_length() - 1))
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 1
-    )
-
-
-_MOST_TILES = 1 << 16
-
-
-@functools.cache
-def _cached_arrivals(device: torch.device, stream: int) -> Tensor:
-    return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
-
-
-def _arrivals(device: torch.device) -> Tensor:
-    """Zeroed counters; every launch leaves them zeroed. One buffer a stream, since launches on one are in order."""
     if device.type != "cuda":
-        return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
-    if (
-        torch.cuda.is_current_stream_capturing()
-    ):  # a graph must not keep a buffer that it has not zeroed itself
-        return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)
-    return _cached_arrivals(device, torch.cuda.current_stream(device).cuda_stream)
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _Arrivals:
+    """Where programs that share a tile count each other: zeros, which every launch leaves zeroed.
+
+    Launches on one stream are in order and share their counters. A captured launch may be replayed
+    on any stream, beside anything but its own graph: it gets counters that no other launch has.
+    """
+
+    MOST_TILES = 512
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of_stream: dict[int, Tensor] = {}
+        self._for_graphs: Tensor | None = None
+        self._unused: list[Tensor] = []
+
+    def counters(self, tiles: int) -> Tensor:
+        if self._device.type != "cuda" or tiles > self.MOST_TILES:
+            return self._zeros(tiles)
+        if torch.cuda.is_current_stream_capturing():
+            # without a spare row the graph zeroes its own at every replay, for 1 us a launch
+            return self._unused.pop() if self._unused else self._zeros(tiles)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        if stream not in self._of_stream:
+            self._of_stream[stream] = self._zeros(self.MOST_TILES)
+            if self._for_graphs is None:  # not during a capture: that memory would be the graph's
+                self._for_graphs = self._zeros(4096, self.MOST_TILES)
+                self._unused = list(self._for_graphs)
+        return self._of_stream[stream]
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=self._device)
+
+
+_arrivals = functools.cache(_Arrivals)
 
 
 def launch(
@@ -259,14 +326,13 @@ def launch(
     if M == 0:
         return out
     if residual is not None:
-        residual = residual.expand(out.shape).reshape(M, N).contiguous()
+        residual = residual.expand(out.shape).contiguous()
     tiling = tiling or default_tiling(M, N, num_groups, _multiprocessors(codes.device))
     tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, tiling.block_n)
     partial, arrivals = out, out
     if tiling.split_k > 1:
         partial = out.new_empty(tiling.split_k, M, N, dtype=torch.float32)
-        arrivals = _arrivals(codes.device)
-        assert tiles <= _MOST_TILES, "split along K is for few tokens"
+        arrivals = _arrivals(codes.device).counters(tiles)
     linear_kernel[(tiles, tiling.split_k)](
         codes,
         scale,
@@ -281,9 +347,8 @@ def launch(
         arrivals,
         M,
         N,
+        num_groups,
         codes.shape[-1],
-        N,
-        NUM_GROUPS=num_groups,
         HALF_GROUP=half_group,
         OUTLIERS=outliers,
         OUTLIER_BLOCK=max(32, triton.next_power_of_2(max(outliers, 1))),
@@ -291,8 +356,9 @@ def launch(
         HAS_RESIDUAL=residual is not None,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
-        SPLIT_K=tiling.split_k,
+        IS_SPLIT=tiling.split_k > 1,
         TILES_PER_BAND=8,
+        PTX=codes.is_cuda,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )

@@ -1,9 +1,12 @@
-"""The Triton kernel behind every quantize operator: optional norm or gated activation, optional reorder, codes out.
+"""The Triton kernel behind every quantize operator: norm or gated activation, reorder, codes out.
 
-One program takes one token and a run of its groups, so that a single token still occupies many multiprocessors; the
-norm's statistic is then computed anew by each of them, from the cache.
+One program takes one token. It reads the row as it lies in memory and puts it into channel order
+in shared memory: gathering from global memory would take one transaction a channel. Where nothing
+needs the whole row it is cut into pieces, so that even a single token occupies several
+multiprocessors.
 
-K channels of a row, `GROUP_SIZE` channels a group, `OUTLIERS` channels after the last group (see packing.py).
+K channels of a row, `GROUP_SIZE` channels a group, `OUTLIERS` channels after the last group (see
+packing.py).
 """
 
 from __future__ import annotations
@@ -59,16 +62,14 @@ def _activate(x, ACTIVATION: tl.constexpr):
 def _load_channels(
     x_row,
     up_row,
-    order_ptr,
     weight_ptr,
     bias_ptr,
-    position,
+    channel,
     live,
     mean,
     rstd,
     ACTIVATION: tl.constexpr,
     HAS_UP: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -76,26 +77,22 @@ def _load_channels(
     PRODUCT: tl.constexpr,
     RESULT: tl.constexpr,
 ):
-    """The channels at `position` of the ordered row, after norm and activation, as float32 rounded like the plain ops."""
-    channel = position
-    if HAS_ORDER:
-        channel = tl.load(order_ptr + position, mask=live, other=0)
+    """The row at `channel` after norm and activation, each step rounded; 0 where not live."""
     y = tl.load(x_row + channel, mask=live, other=0.0).to(tl.float32)
     if HAS_NORM:
         y = _round((y - mean) * rstd, NORMED)
         if HAS_WEIGHT:
-            y = _round(
-                y * tl.load(weight_ptr + channel, mask=live, other=0.0).to(tl.float32), PRODUCT
-            )
+            weight = tl.load(weight_ptr + channel, mask=live, other=0.0).to(tl.float32)
+            y = _round(y * weight, PRODUCT)
         if HAS_BIAS:
             y += tl.load(bias_ptr + channel, mask=live, other=0.0).to(tl.float32)
-        y = tl.where(live, _round(y, RESULT), 0.0)
+        y = _round(y, RESULT)
     if ACTIVATION != "none":
         y = _round(_activate(y, ACTIVATION), RESULT)
     if HAS_UP:
         up = tl.load(up_row + channel, mask=live, other=0.0).to(tl.float32)
         y = _round(y * up, RESULT)
-    return tl.where(live, y, 0.0)  # an activation of padding need not be zero
+    return tl.where(live, y, 0.0)  # the norm or the activation of padding need not be zero
 
 
 @triton.jit
@@ -129,13 +126,12 @@ def quantize_rows_kernel(
     outlier_clip_over_largest,
     NUM_GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    GROUPS_PER_TILE: tl.constexpr,
-    TILES_PER_PROGRAM: tl.constexpr,
     OUTLIERS: tl.constexpr,
     OUTLIER_BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
     OUTLIER_LARGEST: tl.constexpr,
-    NORM_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
     CENTER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_UP: tl.constexpr,
@@ -148,43 +144,58 @@ def quantize_rows_kernel(
     RESULT: tl.constexpr,
 ):
     m = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
     x_row = x_ptr + m * x_stride
     up_row = up_ptr + m * up_stride
     codes_row = codes_ptr + m * (NUM_GROUPS * GROUP_SIZE + OUTLIERS)
+    position = piece * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.arange(0, OUTLIER_BLOCK)
+    live_lane = lane < OUTLIERS
+    outlier = K - OUTLIERS + lane
+    channel = position
+    if HAS_ORDER:
+        order = tl.load(order_ptr + position, mask=position < K, other=0)
+        outlier = tl.load(order_ptr + outlier, mask=live_lane, other=0)
+        if not WHOLE_ROW:
+            channel = order
 
     mean = 0.0
     rstd = 1.0
     if HAS_NORM:
-        k = tl.arange(0, NORM_BLOCK)
-        row = tl.load(x_row + k, mask=k < K, other=0.0).to(tl.float32)
+        width = tl.cast(K, tl.float32)
+        row = tl.load(x_row + position, mask=position < K, other=0.0).to(tl.float32)
         if CENTER:
-            mean = tl.sum(row, axis=0) / K
-            row = tl.where(k < K, row - mean, 0.0)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(row * row, axis=0) / K + eps))
+            mean = tl.div_rn(tl.sum(row, axis=0), width)
+            row = tl.where(position < K, row - mean, 0.0)
+        variance = tl.div_rn(tl.sum(row * row, axis=0), width)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
-    for tile in range(TILES_PER_PROGRAM):
-        first = (tl.program_id(1) * TILES_PER_PROGRAM + tile) * GROUPS_PER_TILE
-        group = first + tl.arange(0, GROUPS_PER_TILE)
-        position = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
-        y = _load_channels(
-            x_row, up_row, order_ptr, weight_ptr, bias_ptr, position, position < K - OUTLIERS, mean, rstd,
-            ACTIVATION, HAS_UP, HAS_ORDER, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
-        )  # fmt: skip
-        codes, scale = _quantize(y, clip_over_largest, LARGEST, AXIS=1)
-        tl.store(codes_row + position, codes, mask=position < NUM_GROUPS * GROUP_SIZE)
-        tl.store(scale_ptr + group.to(tl.int64) * M + m, scale, mask=group < NUM_GROUPS)
+    y = _load_channels(
+        x_row, up_row, weight_ptr, bias_ptr, channel, position < K, mean, rstd,
+        ACTIVATION, HAS_UP, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
+    )  # fmt: skip
+    if HAS_ORDER and WHOLE_ROW:
+        y = tl.gather(y.to(RESULT), order, axis=0).to(tl.float32)
+    y = tl.where(position < K - OUTLIERS, y, 0.0)
+    codes, scale = _quantize(
+        tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)), clip_over_largest, LARGEST, AXIS=1
+    )
+    codes = tl.reshape(codes, (BLOCK,))
+    tl.store(codes_row + position, codes, mask=position < NUM_GROUPS * GROUP_SIZE)
+    group = piece * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
+    tl.store(scale_ptr + group.to(tl.int64) * M + m, scale, mask=group < NUM_GROUPS)
 
     if OUTLIERS > 0:
-        if tl.program_id(1) == 0:
-            lane = tl.arange(0, OUTLIER_BLOCK)
-            live = lane < OUTLIERS
-            y = _load_channels(
-                x_row, up_row, order_ptr, weight_ptr, bias_ptr, K - OUTLIERS + lane, live, mean, rstd,
-                ACTIVATION, HAS_UP, HAS_ORDER, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
+        if piece == 0:
+            outliers = _load_channels(
+                x_row, up_row, weight_ptr, bias_ptr, outlier, live_lane, mean, rstd,
+                ACTIVATION, HAS_UP, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
             )  # fmt: skip
-            codes, scale = _quantize(y, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0)
-            tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, codes, mask=live)
-            tl.store(scale_ptr + NUM_GROUPS * M + m, scale)
+            outlier_codes, outlier_scale = _quantize(
+                outliers, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0
+            )
+            tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, outlier_codes, mask=live_lane)
+            tl.store(scale_ptr + NUM_GROUPS * M + m, outlier_scale)
 
 
 _TRITON_DTYPES = {
@@ -216,13 +227,14 @@ def launch(
         return codes, scale
     rows = _as_rows(x)
     up_rows = rows if up is None else _as_rows(up)
-    # about 2048 channels at a time fill 4 warps; many tokens fill the device by themselves
-    groups_per_tile = max(1, min(triton.next_power_of_2(layout.num_groups), 2048 // group_size))
-    tiles = triton.cdiv(layout.num_groups, groups_per_tile)
-    programs_per_row = 1 if M >= 256 else max(1, tiles)
+    # gathered in memory, a few wide rows are cut as well
+    whole_row = norm is not None or (order is not None and (layout.width <= 8192 or M > 64))
+    block = max(group_size, triton.next_power_of_2(layout.width))
+    if not whole_row:
+        block = min(block, max(group_size, 2048))
     largest, outlier_largest = 2 ** (bits - 1) - 1, 2 ** (OUTLIER_BITS - 1) - 1
     absent = rows  # a pointer that the kernel does not read
-    quantize_rows_kernel[(M, programs_per_row)](
+    quantize_rows_kernel[(M, triton.cdiv(layout.grouped_width, block))](
         rows,
         up_rows,
         absent if norm is None or norm.weight is None else norm.weight,
@@ -239,13 +251,12 @@ def launch(
         1.0 / outlier_largest,
         NUM_GROUPS=layout.num_groups,
         GROUP_SIZE=group_size,
-        GROUPS_PER_TILE=groups_per_tile,
-        TILES_PER_PROGRAM=triton.cdiv(tiles, programs_per_row),
         OUTLIERS=outlier_channels,
         OUTLIER_BLOCK=triton.next_power_of_2(max(outlier_channels, 1)),
         LARGEST=largest,
         OUTLIER_LARGEST=outlier_largest,
-        NORM_BLOCK=triton.next_power_of_2(layout.width) if norm else 1,
+        BLOCK=block,
+        WHOLE_ROW=whole_row,
         CENTER=norm is not None and norm.center,
         ACTIVATION=activation,
         HAS_UP=up is not None,
@@ -256,13 +267,13 @@ def launch(
         NORMED=_TRITON_DTYPES[norm.normed_dtype if norm else x.dtype],
         PRODUCT=_TRITON_DTYPES[norm.product_dtype if norm else x.dtype],
         RESULT=_TRITON_DTYPES[dtype or x.dtype],
-        num_warps=8 if layout.width > 8192 and norm else 4,
+        num_warps=min(max(4, block // 512), 16),
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
     )
     return codes, scale
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """(*, K) -> (M, K) with unit stride along K: a view where the strides allow it (a slice of a merged linear)."""
+    """(*, K) -> (M, K) with unit stride along K: a view, if x is a slice of a merged linear."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()

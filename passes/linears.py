@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,22 +36,34 @@ class FoundLinear:
 
 def find_linears(gm: GraphModule, names: Mapping[Node, str]) -> list[FoundLinear]:
     """All, in graph order, rewritable or not. `names`: weight placeholder -> parameter name."""
+    operands = {node: found for node in gm.graph.nodes if (found := _operands(node))}
+    read_on = _read_by_one_of(gm.graph, operands)
     tables = {
         tuple(value(node.args[1]).shape)
         for node in gm.graph.nodes
         if is_call(node, F.embedding, torch.embedding)
     }
-    found = []
-    for node in gm.graph.nodes:
-        operands = _operands(node)
-        if operands is None:
-            continue
-        x, weight, bias, transposed = operands
+    linears = []
+    for node, (x, weight, bias, transposed) in operands.items():
         name = names.get(weight, weight.name)
-        found.append(
-            FoundLinear(node, x, weight, bias, transposed, name, _is_head(node, weight, tables))
-        )
+        is_head = node not in read_on and _looks_like_a_head(weight, transposed, tables)
+        linears.append(FoundLinear(node, x, weight, bias, transposed, name, is_head))
+    return linears
+
+
+def _read_by_one_of(graph: Graph, linears: Container[Node]) -> set[Node]:
+    """The nodes whose value reaches one of `linears`."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if any(user in linears or user in found for user in node.users):
+            found.add(node)
     return found
+
+
+def _looks_like_a_head(weight: Node, transposed: bool, tables: set[tuple[int, ...]]) -> bool:
+    """It has the shape of an embedding table or, where the graph has no table, is wide."""
+    N, K = value(weight).shape[::-1] if transposed else value(weight).shape
+    return (N, K) in tables or (not tables and N >= 8 * K)
 
 
 def _operands(node: Node) -> tuple[Node, Node, Node | None, bool] | None:
@@ -74,14 +86,3 @@ def is_weight(node: object) -> bool:
     if not isinstance(node, Node) or node.op != "placeholder" or not is_tensor(node):
         return False
     return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
-
-
-def _is_head(node: Node, weight: Node, tables: set[tuple[int, ...]]) -> bool:
-    """It has an embedding table's shape or, if there is no table, is wide and its output leaves."""
-    N, K = value(weight).shape
-    return (N, K) in tables or (not tables and N >= 8 * K and _leaves(node, node.graph))
-
-
-def _leaves(node: Node, graph: Graph) -> bool:
-    returned = set(graph.output_node().all_input_nodes)
-    return node in returned or any(user in returned for user in node.users)

@@ -43,6 +43,8 @@ def _match_call(y: Node) -> FoundNorm | None:
     eps = arguments.get("eps", 1e-5 if center else None)
     if eps is None:  # torch.rms_norm's default
         eps = torch.finfo(torch.float32).eps
+    if isinstance(eps, Node):  # two models with different ones: Dynamo made it an input
+        return None
     return FoundNorm(
         x, arguments.get("weight"), arguments.get("bias"), float(eps), center, round_normed=False
     )

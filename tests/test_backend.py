@@ -155,6 +155,7 @@ class TestNeverTheWrongWeights:
 
     @torch.no_grad()
     def test_packed_weights_die_with_the_model(self) -> None:
+        gc.collect()
         held = len(store.STORE)
         model = block()
         model.compile(backend="atom")
@@ -216,7 +217,10 @@ def test_plain_call_in_eval_mode(compilations: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
-def test_modes_reach_inductor(mode: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("as_option", [False, True])
+def test_modes_reach_inductor(
+    mode: str | None, as_option: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, Any] = {}
 
     def compile_graph(gm: Any, example_inputs: Any, **arguments: Any) -> Callable[..., Any]:
@@ -225,7 +229,7 @@ def test_modes_reach_inductor(mode: str | None, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(compat, "compile_graph", compile_graph)
     model = block()
-    model.compile(backend="atom", mode=mode)
+    model.compile(backend="atom", **({"options": {"mode": mode}} if as_option else {"mode": mode}))
     model(torch.randn(3, 256))
     assert seen.get("triton.cudagraphs", False) is (mode is not None)
 
@@ -246,6 +250,9 @@ class TestErrors:
         error = self.failing(block(), shceme="w4a4")
         assert isinstance(error, OptionError)
         assert "did you mean 'scheme'" in str(error)
+
+    def test_unknown_mode(self) -> None:
+        assert "did you mean 'reduce-overhead'" in str(self.failing(block(), mode="reduce-overhea"))
 
     def test_unknown_scheme(self) -> None:
         assert "did you mean 'w4a4'" in str(self.failing(block(), scheme="w4a44"))

@@ -163,4 +163,4 @@ def test_calibrate_refuses_a_short_or_missing_text(tmp_path: Path) -> None:
     text.write_text("Too short.")
     status, output = run(*arguments)
     assert status == 2
-    assert "less than one window of --length 512" in output
+    assert "4 tokens, fewer than one window of 512" in output

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from ..backend import atom
 from ..kernels.packing import GroupLayout
-from .cases import INT4, OTHER_ROUNDING, Case, Draw, Setting
+from .cases import INT4, Case, Draw, Setting
 from .shapes import Shape
 
 _MOST_LAYERS = 4  # to rotate through
-_LIMITS = {"baseline": 5e-2, "unfused": INT4, "fused": OTHER_ROUNDING}
+# fused against unfused would say little: Inductor rounds the unfused norm elsewhere, and a bfloat16
+# rounding more or less moves many a 4-bit code; that fusing changes no code is a test's business
+_LIMITS = {"baseline": 5e-2, "unfused": INT4, "fused": INT4}
 _RUNS = {
     "baseline": "LlamaDecoderLayer compiled by Inductor",
     "unfused": 'LlamaDecoderLayer compiled by "atom", fuse=False',
@@ -25,25 +27,17 @@ _RUNS = {
 
 def layer_cases(setting: Setting) -> Iterator[Case]:
     """One variant after the other, so that only one variant's layers are in memory."""
-    unfused_changes: dict[int, Tensor] = {}
     for variant in _RUNS:
         torch.compiler.reset()  # else the variants share one code's limit on recompilations
         layer = functools.cache(functools.partial(_compiled_layer, setting, variant))
         for M in setting.tokens:
-            yield _layer_case(setting, variant, M, layer, unfused_changes)
+            yield _layer_case(setting, variant, M, layer)
 
 
-def _layer_case(
-    setting: Setting,
-    variant: str,
-    M: int,
-    layer: Callable[[int], nn.Module],
-    unfused_changes: dict[int, Tensor],
-) -> Case:
-    """Compares what the layer adds to its input.
+def _layer_case(setting: Setting, variant: str, M: int, layer: Callable[[int], nn.Module]) -> Case:
+    """Compares what the layer adds to its input with the eager 16-bit layer.
 
-    Baseline and unfused are compared with the eager layer, fused with unfused. `layer(i)` is the
-    i-th to rotate through.
+    `layer(i)` is the i-th to rotate through.
     """
     rotary = _rotary(setting)
 
@@ -53,17 +47,11 @@ def _layer_case(
         return layer(draw.index % _MOST_LAYERS), x, cos_sin
 
     def change(out: Tensor, _: nn.Module, x: Tensor, __: Any) -> Tensor:
-        if variant == "unfused":
-            unfused_changes[M] = out - x
         return out - x
 
     def reference(layer: nn.Module, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-        if variant != "fused":
-            eager: Tensor = layer.forward(x, position_embeddings=cos_sin)  # __call__ is compiled
-            return eager - x
-        if M not in unfused_changes:
-            raise RuntimeError("the unfused layer left no result to compare with")
-        return unfused_changes[M]
+        eager: Tensor = layer.forward(x, position_embeddings=cos_sin)  # __call__ is compiled
+        return eager - x
 
     return Case(
         op="decoder_layer",
