@@ -129,7 +129,7 @@ def linear_kernel(
     OUTLIERS_FIRST: tl.constexpr = BLOCK_M >= 64
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    splits = tl.num_programs(1)
+    splits = tl.num_programs(1) if IS_SPLIT else 1
     # tiles go down bands of a few blocks of tokens, so that weights and activations stay in the L2
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)

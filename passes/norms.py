@@ -43,11 +43,18 @@ def _match_call(y: Node) -> FoundNorm | None:
     eps = arguments.get("eps", 1e-5 if center else None)
     if eps is None:  # torch.rms_norm's default
         eps = torch.finfo(torch.float32).eps
-    if isinstance(eps, Node):  # two models with different ones: Dynamo made it an input
+    eps = _number(eps)
+    if eps is None:
         return None
     return FoundNorm(
-        x, arguments.get("weight"), arguments.get("bias"), float(eps), center, round_normed=False
+        x, arguments.get("weight"), arguments.get("bias"), eps, center, round_normed=False
     )
+
+
+def _number(argument: Any) -> float | None:
+    """A constant. Where models differ in one, Dynamo makes it an input: reading it guards on it."""
+    number = value(argument)
+    return float(number) if isinstance(number, float | int | torch.SymFloat) else None
 
 
 def _match_written_out(y: Node) -> FoundNorm | None:
@@ -130,11 +137,12 @@ def _match_mean_square(node: Any, h: Node) -> float | None:
     """mean(h^2, -1, keepdim) + eps, or var(x, biased) + eps where h = x - mean(x) -> eps."""
     eps = 0.0
     if is_call(node, torch.add) and len(node.args) == 2:
-        constants = [argument for argument in node.args if isinstance(argument, float | int)]
-        tensors = [argument for argument in node.args if isinstance(argument, Node)]
-        if len(constants) != 1 or len(tensors) != 1:
+        constants = [argument for argument in node.args if not is_tensor(argument)]
+        tensors = [argument for argument in node.args if is_tensor(argument)]
+        number = _number(constants[0]) if len(constants) == 1 else None
+        if number is None:
             return None
-        eps, node = float(constants[0]), tensors[0]
+        eps, node = number, tensors[0]
     if is_call(node, torch.mean) and _over_last(node):
         square = node.args[0]
         if is_call(square, torch.pow) and square.args[1] == 2 and square.args[0] is h:

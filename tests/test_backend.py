@@ -209,6 +209,22 @@ def test_prefill_and_decode_share_packed_weights(compilations: list[Any]) -> Non
     assert store.STORE.computed - packed == 2 * (4 + 3)
 
 
+@torch.no_grad()
+def test_norms_that_differ_in_epsilon_are_fused_and_told_apart(compilations: list[Any]) -> None:
+    """Dynamo makes a float that differs between two models an input of the graph."""
+    x = torch.randn(3, 256)
+    for eps in (1e-5, 1.0, 10.0, 1e-5):
+        model = Block(nn.LayerNorm(256, eps=eps), nn.Linear(256, 128)).eval()
+        wanted = model(x)
+        model.compile(backend="atom", options={"scheme": "w4a8"})
+        assert relative_error(model(x), wanted) < 0.3
+        (norm,) = [
+            one for one in compilations[-1].graph.nodes if "norm_quantize" in str(one.target)
+        ]
+        assert isinstance(norm.args[4], float)
+    assert len(compilations) == 3
+
+
 def test_plain_call_in_eval_mode(compilations: list[Any]) -> None:
     model = block()
     model.compile(backend="atom")

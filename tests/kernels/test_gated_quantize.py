@@ -54,6 +54,7 @@ def test_kernel_gives_the_codes_of_the_reference(
     )
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("activation", sorted(gated_quantize.ACTIVATIONS))
 def test_a_poisoned_token_poisons_no_other(activation: str) -> None:
     gate, up = torch.randn(3, 256), torch.randn(3, 256)

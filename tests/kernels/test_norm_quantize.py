@@ -89,6 +89,7 @@ def test_kernel_agrees_up_to_the_rounding_of_the_statistic(
     assert_quantized_alike(got, want, rtol=2 * torch.finfo(dtype).eps + 1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_poisoned_token_poisons_itself_in_every_group_and_no_other(

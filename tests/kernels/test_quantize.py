@@ -44,6 +44,7 @@ def test_kernel_for_every_number_of_bits(bits: int, tokens: int) -> None:
     assert_quantized_alike(got, quantize.reference(x, bits, 64, 48, 0.9))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("channel", [0, 343])
 def test_a_poisoned_token_poisons_no_other(poison: float, channel: int) -> None:
