@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -98,8 +97,7 @@ class Recipe:
         tensors = {
             name: one.float().cpu().contiguous() for name, one in self.hessian_diagonal.items()
         }
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            temporary = Path(file.name)
+        temporary = path.with_name(path.name + ".part")
         try:
             save_file(tensors, temporary, metadata=metadata)
             os.replace(temporary, path)

@@ -54,7 +54,7 @@ class GroupLayout:
 
     @property
     def num_scales(self) -> int:
-        return self.num_groups + (self.outlier_channels > 0)
+        return self.num_groups + int(self.outlier_channels > 0)  # SymPy adds no bool
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(*, width) -> groups (*, G, group_size), zero-padded, outliers (*, outlier_channels)."""
