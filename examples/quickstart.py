@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import atom_compile
+from atom_compile.evaluate import perplexity
 
 HERE = Path(__file__).parent
 PROMPT = "Once upon a time, there was a little girl"
@@ -67,14 +68,6 @@ def main() -> None:
     table.add_row("bytes of weights", f"{before:,}", f"{after:,}")
     console.print(table)
     console.print("The output head, which is also the embedding, stays in its own precision.")
-
-
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, windows: list[Tensor]) -> float:
-    """exp of the mean loss per predicted token."""
-    logits = (model(window, use_cache=False).logits for window in windows)
-    losses = [F.cross_entropy(y[0, :-1], x[0, 1:]) for x, y in zip(windows, logits, strict=True)]
-    return torch.stack(losses).mean().exp().item()
 
 
 @torch.no_grad()
