@@ -46,11 +46,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def expected(model: nn.Module, *inputs: Any) -> Any:
-    """What the rewritten graph of exactly these weights computes, without store or Dynamo cache."""
-    return fresh_copy_output(model, *inputs)
-
-
-def fresh_copy_output(model: nn.Module, *inputs: Any) -> Any:
+    """What a fresh copy of `model` computes, with nothing packed or compiled before."""
     torch._dynamo.reset()
     duplicate = copy.deepcopy(model)
     duplicate.__dict__.pop("_compiled_call_impl", None)
