@@ -3,7 +3,17 @@
 from .calibrate import calibrate
 from .errors import AtomError
 from .explain import Report, explain
+from .kv_cache import KVCache
 from .recipe import Recipe
-from .scheme import Scheme
+from .scheme import KVScheme, Scheme
 
-__all__ = ["AtomError", "Recipe", "Report", "Scheme", "calibrate", "explain"]
+__all__ = [
+    "AtomError",
+    "KVCache",
+    "KVScheme",
+    "Recipe",
+    "Report",
+    "Scheme",
+    "calibrate",
+    "explain",
+]

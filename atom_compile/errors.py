@@ -22,6 +22,10 @@ class RecipeError(AtomError):
     """A recipe that is damaged, of a newer format, or of another model."""
 
 
+class CacheError(AtomError):
+    """A KV cache that is full, or was made for another model."""
+
+
 class NothingRewrittenError(AtomError):
     """A graph with linears of which not one could be rewritten."""
 
