@@ -17,6 +17,7 @@ from .calibrate import calibrate as calibrate_model
 from .errors import AtomError, OptionError
 from .evaluate import text_windows
 from .explain import explain as explain_model
+from .kv_cache import KVCache
 
 P = ParamSpec("P")
 
@@ -64,6 +65,9 @@ def explain(
         Path | None, typer.Option(help="A recipe that `atom-compile calibrate` wrote.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens the model is run on.")] = 16,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Run it with a KV cache: kv4, kv8 or kv16. None by default.")
+    ] = None,
     stage: Annotated[
         str | None, typer.Option(help="Print the graph after this pass, as Python, and no report.")
     ] = None,
@@ -74,13 +78,16 @@ def explain(
         ),
     ] = None,
 ) -> None:
-    """Show how the backend rewrites a model: what becomes of each linear, what each pass does."""
+    """Show how the backend rewrites a model: what becomes of each linear and attention."""
     model = _load_model(model_dir)
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(model.device)
     options = {name: value for name, value in (("scheme", scheme), ("recipe", recipe)) if value}
-    report = explain_model(model, input_ids, options=options, use_cache=False)
+    cache: dict[str, Any] = {"use_cache": False}
+    if kv_cache is not None:
+        cache = {"past_key_values": KVCache(model.config, 1, tokens, kv_cache, device=model.device)}
+    report = explain_model(model, input_ids, options=options, **cache)
     console = _console()
     if stage is None:
         console.print(report)

@@ -27,11 +27,18 @@ def text_windows(tokenizer: Any, text: str, windows: int, length: int) -> Tensor
 
 
 @torch.no_grad()
-def perplexity(model: Any, batches: Iterable[Tensor]) -> float:
-    """exp of the mean loss per predicted token. batches: `input_ids` (batch, length) each."""
+def perplexity(model: Any, batches: Iterable[Tensor], cache: Any = None) -> float:
+    """exp of the mean loss per predicted token. batches: `input_ids` (batch, length) each.
+
+    cache: a `KVCache` that keys and values go through, emptied for each batch.
+    """
     total, count = 0.0, 0
     for input_ids in batches:
-        logits = model(input_ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        through: dict[str, Any] = {"use_cache": False}
+        if cache is not None:
+            cache.reset()
+            through = {"past_key_values": cache}
+        logits = model(input_ids, **through).logits[:, :-1].flatten(0, 1).float()
         targets = input_ids[:, 1:].flatten()
         total += F.cross_entropy(logits, targets, reduction="sum").item()
         count += targets.numel()

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .backend import refuse_training, rewrite
 from .capture import captured
 from .errors import AtomError, OptionError, unknown
 from .options import Options
-from .passes.graphs import value
+from .passes.graphs import module_path, value
 from .passes.linears import is_weight
 from .passes.pipeline import Rewrite
 from .passes.record import Stage, operator_name
@@ -67,12 +67,27 @@ class Layer:
     remarks: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Attention:
+    """One attention and its cache; `operator` is None where it was left to PyTorch."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    cache: str
+    cache_bytes_per_token: float | None
+    operator: str | None
+    remarks: tuple[str, ...]
+
+
 class Report:
     """Printed, a table; `graph`, `save` and `to_dict` give the same as data."""
 
     def __init__(self, runs: Sequence[Rewrite]) -> None:
         self._runs = runs
         self.layers = [layer for run in runs for layer in _layers(run)]
+        self.attentions = [one for run in runs for one in _attentions(run)]
         self.weight_bytes_before = sum(_weight_bytes(run.original.graph) for run in runs)
         self.weight_bytes_after = sum(_weight_bytes(run.gm.graph) for run in runs)
 
@@ -80,6 +95,11 @@ class Report:
     def stages(self) -> list[str]:
         """The names of the pipeline's stages, in order."""
         return [stage.name for stage in self._runs[0].record.stages]
+
+    @property
+    def cache_bytes_per_token(self) -> float:
+        """What one token occupies in the KV caches of all layers that have one."""
+        return sum(one.cache_bytes_per_token or 0.0 for one in self.attentions)
 
     @property
     def operators(self) -> Counter[str]:
@@ -114,6 +134,8 @@ class Report:
             "weight_bytes_after": self.weight_bytes_after,
             "operators": dict(self.operators),
             "layers": [asdict(layer) for layer in self.layers],
+            "attentions": [asdict(one) for one in self.attentions],
+            "cache_bytes_per_token": self.cache_bytes_per_token,
             "graphs": [[_stage_dict(stage) for stage in run.record.stages] for run in self._runs],
         }
 
@@ -147,7 +169,12 @@ class Report:
             f"weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB\n"
             f"operators: {counts or 'none of ours'}"
         )
-        return Group(_layer_table(self.layers), _stage_table(self._runs), summary)
+        tables = [_layer_table(self.layers)]
+        if self.attentions:
+            tables.append(_attention_table(self.attentions))
+        if self.cache_bytes_per_token:
+            summary += f"\nKV cache: {self.cache_bytes_per_token:,.0f} bytes per token"
+        return Group(*tables, _stage_table(self._runs), summary)
 
 
 def _layers(run: Rewrite) -> list[Layer]:
@@ -176,6 +203,25 @@ def _layers(run: Rewrite) -> list[Layer]:
     return layers
 
 
+def _attentions(run: Rewrite) -> list[Attention]:
+    fused = {
+        node.meta["atom_attention"].name: operator_name(node)
+        for node in run.gm.graph.nodes
+        if "atom_attention" in node.meta
+    }
+    return [
+        Attention(
+            found.name,
+            *found.heads,
+            found.cache,
+            found.cache_bytes_per_token,
+            fused.get(found.name),
+            tuple(dict.fromkeys(run.record.remarks.get(found.name, ()))),
+        )
+        for found in run.attentions
+    ]
+
+
 def _weight_bytes(graph: Graph) -> int:
     weights = [
         node for node in graph.find_nodes(op="placeholder") if is_weight(node) and node.users
@@ -201,7 +247,7 @@ def _stage_dict(stage: Stage) -> dict[str, Any]:
 def _add_graph(combined: nx.DiGraph, graph: Graph, prefix: str) -> None:
     for node in graph.nodes:
         fake = value(node)
-        attributes: dict[str, Any] = {"operator": operator_name(node), "module": _module(node)}
+        attributes: dict[str, Any] = {"operator": operator_name(node), "module": module_path(node)}
         if isinstance(fake, Tensor):
             attributes |= {
                 "shape": [str(size) for size in fake.shape],
@@ -210,12 +256,6 @@ def _add_graph(combined: nx.DiGraph, graph: Graph, prefix: str) -> None:
         combined.add_node(prefix + node.name, **attributes)
         for operand in node.all_input_nodes:
             combined.add_edge(prefix + operand.name, prefix + node.name)
-
-
-def _module(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = list(stack.values())[-1][0] if stack else ""
-    return str(path).removeprefix("L['self'].").removeprefix("L['model'].")
 
 
 def _layer_table(layers: Sequence[Layer]) -> Table:
@@ -233,6 +273,29 @@ def _layer_table(layers: Sequence[Layer]) -> Table:
         quantized_by = members[0].quantized_by or "-"
         table.add_row(
             name, f"{N} x {K}", quantized_by, operator or "left as it was", "\n".join(remarks)
+        )
+    return table
+
+
+def _attention_table(attentions: Sequence[Attention]) -> Table:
+    longest = max(len(one.name) for one in attentions)
+    first = Column("attention", min_width=min(longest + 3, 44), overflow="fold")
+    table = Table(
+        first, "heads", "cache", "bytes / token", "operator", "remarks", title="Attentions"
+    )
+    grouped: dict[tuple[Any, ...], list[Attention]] = {}
+    for one in attentions:
+        key = re.sub(r"\d+", "*", one.name), replace(one, name="")
+        grouped.setdefault(key, []).append(one)
+    for (blind, _), members in grouped.items():
+        one = members[0]
+        table.add_row(
+            f"{blind} ({len(members)})" if len(members) > 1 else one.name,
+            f"{one.num_heads} on {one.num_kv_heads} x {one.head_dim}",
+            one.cache,
+            "-" if one.cache_bytes_per_token is None else f"{one.cache_bytes_per_token:g}",
+            one.operator or "left to PyTorch",
+            "\n".join(one.remarks),
         )
     return table
 

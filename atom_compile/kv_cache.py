@@ -72,7 +72,9 @@ class KVCache(Cache):  # type: ignore[misc]
             if layer_type not in tables:
                 before = self.scheme.keys_before_rope
                 tables[layer_type] = (
-                    _rope_table(config, layer_type, max_len, head_dim).to(device) if before else None
+                    _rope_table(config, layer_type, max_len, head_dim).to(device)
+                    if before
+                    else None
                 )
             window = None if layer_type == "full_attention" else extras["sliding_window"]
             layer = KVLayer(max_len, window, self.scheme, tables[layer_type])
@@ -87,7 +89,9 @@ class KVCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """The bytes allocated for keys and values, scales and 16-bit tokens included."""
-        tensors = [one for layer in self.quantized_layers for one in layer.tensors if one is not None]
+        tensors = [
+            one for layer in self.quantized_layers for one in layer.tensors if one is not None
+        ]
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
@@ -142,9 +146,7 @@ class KVLayer(StaticLayer):  # type: ignore[misc]
         if bits == 16:
             return torch.zeros(*tokens, head_dim, dtype=self.dtype, device=self.device), None
         groups = self.scheme.groups(head_dim)
-        codes = torch.zeros(
-            *tokens, head_dim * bits // 8, dtype=torch.uint8, device=self.device
-        )
+        codes = torch.zeros(*tokens, head_dim * bits // 8, dtype=torch.uint8, device=self.device)
         return codes, torch.zeros(*tokens, groups, 2, dtype=torch.float16, device=self.device)
 
     @property

@@ -22,5 +22,6 @@ def define(
     _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"atom::{name}", fake, lib=_LIBRARY)
     operator: torch._ops.OpOverload = getattr(torch.ops.atom, name).default
-    REFERENCES[operator] = reference
+    if not operator._schema.is_mutable:  # Inductor calls those that write in place as they are
+        REFERENCES[operator] = reference
     return operator

@@ -79,6 +79,25 @@ def placeholder(graph: Graph, name: str, fake: torch.Tensor, derived: Derived, f
     return node
 
 
+def mutates(node: Node) -> set[Any]:
+    """The operands that `node` writes to in place."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        written = [
+            one.alias_info is not None and one.alias_info.is_write for one in schema.arguments
+        ]
+        return {argument for argument, wrote in zip(node.args, written, strict=False) if wrote}
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return set(node.args[:1]) if name.endswith("_") and not name.endswith("__") else set()
+
+
+def module_path(node: Node) -> str:
+    """Where in the model `node` was computed: "model.layers.0.self_attn"."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return str(path).removeprefix("L['self'].").removeprefix("L['model'].")
+
+
 def only_used_by(node: Node, allowed: Iterable[Node]) -> bool:
     return set(node.users) <= set(allowed)
 
@@ -102,10 +121,13 @@ def erase_unused(node: Any) -> None:
         erase_unused(operand)
 
 
+_PURE_METHODS = ("to", "contiguous", "expand", "reshape", "transpose", "unsqueeze", "view")
+
+
 def _is_pure(node: Node) -> bool:
-    """Conservative: methods may write in place, so of those only casts are pure."""
+    """Conservative: methods may write in place, so of those only a few are pure."""
     if node.op == "call_method":
-        return node.target == "to"
+        return node.target in _PURE_METHODS
     name = getattr(node.target, "__name__", "")
     in_place = (
         name.endswith("_")

@@ -82,7 +82,17 @@ def _is_weight_matrix(node: object) -> bool:
 
 
 def is_weight(node: object) -> bool:
-    """A tensor that the model holds, as opposed to one that it was called with or computed."""
+    """A tensor that the model holds, as opposed to one that it was called with or computed.
+
+    A KV cache is static for Dynamo as well, but no parameter or buffer of a module.
+    """
     if not isinstance(node, Node) or node.op != "placeholder" or not is_tensor(node):
         return False
-    return bool(node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
+    if not node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"):
+        return False
+    source = getattr(node, "_dynamo_source", None)
+    while source is not None:
+        if getattr(source, "member", None) in ("_parameters", "_buffers"):
+            return True
+        source = getattr(source, "base", None)
+    return False

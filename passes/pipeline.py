@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule, Node
 
+from .attention_fusion import fuse_attention
+from .attentions import FoundAttention, find_attentions
 from .canonical import canonicalize
 from .derived import RecipeLike
 from .embeddings import quantize_embeddings
@@ -20,6 +22,7 @@ from .plan import PlannedLinear, plan_linears
 from .quantize_fusion import fuse_quantize
 from .record import Record
 from .residual_fusion import fuse_residual
+from .rope_fusion import fuse_rope
 from .sharing import share_inputs
 from .verification import verify
 
@@ -41,11 +44,13 @@ class Rewrite:
     skip: Sequence[str]
     record: Record
     planned: list[PlannedLinear] = field(default_factory=list)
+    attentions: list[FoundAttention] = field(default_factory=list)
     arguments: tuple[Node, ...] = ()
     """The copies of the captured graph's placeholders, in the order of its arguments."""
 
 
 def _plan(run: Rewrite) -> GraphModule:
+    run.attentions = find_attentions(run.gm.graph)
     found = find_linears(run.gm, run.names)
     run.planned = plan_linears(found, run.scheme, run.recipe, run.include_head, run.skip)
     for plan in run.planned:
@@ -81,6 +86,12 @@ FUSED: tuple[Pass, ...] = (
         "q/k/v and gate/up quantize once, multiply once",
         lambda run: share_inputs(run.gm, run.record),
     ),
+    (
+        "fuse_attention",
+        "a quantized cache is read as it lies",
+        lambda run: fuse_attention(run.gm, run.record),
+    ),
+    ("fuse_rope", "one pass over queries and keys", lambda run: fuse_rope(run.gm, run.record)),
     (
         "fold_reorders",
         "a reorder in a neighbour's rows is free",

@@ -1,11 +1,14 @@
-"""What produces an activation joins its quantize: norm, gated activation, or a reorder alone."""
+"""What produces an activation joins its quantize: norm, gate, attention, or a reorder alone."""
 
 from __future__ import annotations
 
 import operator
 
+import torch
 from torch.fx import GraphModule, Node
 
+from ..kernels.attention import attention
+from ..kernels.attention_quantize import attention_quantize
 from ..kernels.gated_quantize import gated_quantize
 from ..kernels.norm_quantize import norm_quantize
 from ..kernels.quantize import quantize, reorder_quantize
@@ -23,6 +26,7 @@ def fuse_quantize(gm: GraphModule, record: Record) -> GraphModule:
 
     quantize(reorder(norm(x), order))         ->  atom.norm_quantize(x, weight, bias, order, ...)
     quantize([reorder](act(gate) * up))       ->  atom.gated_quantize(gate, up, order, ...)
+    quantize([reorder](atom.attention(...)))  ->  atom.attention_quantize(..., order, ...)
     quantize(reorder(x, order))               ->  atom.reorder_quantize(x, order, ...)
     """
     for node in list(gm.graph.nodes):
@@ -43,6 +47,7 @@ def _fuse(node: Node, record: Record) -> None:
     alone = set(y.users) == {node.args[0] if reordered else node}
     norm = match_norm(y) if alone else None
     gate = match_gate(y) if alone else None
+    attended = _match_attention(y) if alone else None
     with graph.inserting_before(node):
         if norm is not None:
             target, name = norm_quantize, "norm"
@@ -55,6 +60,10 @@ def _fuse(node: Node, record: Record) -> None:
             pair = quantized_pair(
                 graph, target, (gate.gate, gate.up, order, gate.activation, *numbers), like=node
             )
+        elif attended is not None:
+            target, name = attention_quantize, "attention"
+            pair = quantized_pair(graph, target, (*attended.args, order, *numbers), like=node)
+            pair[0].args[0].meta["atom_attention"] = attended.meta["atom_attention"]
         elif order is not None:
             target, name = reorder_quantize, "reorder"
             pair = quantized_pair(graph, target, (y, order, *numbers), like=node)
@@ -64,6 +73,23 @@ def _fuse(node: Node, record: Record) -> None:
     readers = _replace_pair(node, pair)
     erase_unused(quantized)
     record.say(readers, f"{name} and quantize fused into {target}")
+
+
+_FLATTEN = ("contiguous", "reshape", "view", "flatten", torch.reshape, torch.flatten)
+
+
+def _match_attention(y: Node) -> Node | None:
+    """Attention whose heads were put side by side: (B, heads, Q, D) -> y (B, Q, heads * D)."""
+    node = y
+    while is_call(node, *_FLATTEN) and len(node.args[0].users) == 1:
+        node = node.args[0]
+    if not is_call(node, "transpose", torch.transpose) or {*node.args[1:]} != {1, 2}:
+        return None
+    source = node.args[0]
+    if not is_call(source, attention) or len(source.users) > 1:
+        return None
+    B, heads, Q, D = value(source).shape
+    return source if tuple(value(y).shape) == (B, Q, heads * D) else None
 
 
 def _replace_pair(node: Node, pair: tuple[Node, Node]) -> list[str]:

@@ -1,0 +1,89 @@
+"""Attention over a quantized cache reads the codes themselves: no 16-bit copy of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..kernels.attention import attention
+from ..kernels.kv_cache import kv_append, kv_read
+from .attentions import FoundAttention, find_attentions
+from .graphs import call, erase_unused, is_call, mutates, value
+from .masks import joined, match_mask
+from .record import Record
+
+
+def fuse_attention(gm: GraphModule, record: Record) -> GraphModule:
+    """Needs canonical spellings. Reports on every attention, fused or not.
+
+    key = atom.kv_read(key_codes, ...)             out = atom.attention(query, key_codes, ...,
+    value = atom.kv_read(value_codes, ...)    ->                        position, padding, ...)
+    out = softmax(query @ key^T + mask) @ value
+    """
+    for found in find_attentions(gm.graph):
+        reason = _reason_to_leave(found)
+        if reason is None:
+            _fuse(found, record)
+        else:
+            record.remark([found.name], reason)
+    return gm
+
+
+def _reason_to_leave(found: FoundAttention) -> str | None:
+    key, values = found.key, found.value
+    if not (is_call(key, kv_read) and is_call(values, kv_read)):
+        return f"{found.cache}: left to PyTorch"
+    if key.args[4:] != values.args[4:]:
+        return "keys and values are read at different lengths: left to PyTorch"
+    if found.is_causal:
+        return "is_causal=True on a whole cache aligns the first token with the first key"
+    if value(found.node).dtype != value(found.query).dtype:
+        return f"it returns {value(found.node).dtype} for queries in {value(found.query).dtype}"
+    for read in (key, values):
+        for later in _between(read, found.node):
+            written = mutates(later)
+            if any(operand in written for operand in read.all_input_nodes):
+                return f"{later.name} writes to the cache after it was read"
+    return None
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+def _fuse(found: FoundAttention, record: Record) -> None:
+    key_codes, key_scale, key_recent, rope, length, *_, bits, _ = found.key.args
+    value_codes, value_scale, value_recent, *_ = found.value.args
+    mask = match_mask(found.mask)
+    with found.node.graph.inserting_before(found.node):
+        terms = mask.rest
+        if found.hidden is not None:
+            terms = (call(found.node.graph, torch.logical_not, (found.hidden,), found.node),)
+        fused = call(
+            found.node.graph,
+            attention,
+            (
+                found.query,
+                *(key_codes, key_scale, value_codes, value_scale, key_recent, value_recent),
+                *(rope, length, mask.position, joined(terms, found.node)),
+                *(bits, mask.window, found.scale, found.softcap),
+            ),
+            like=found.node,
+        )
+    fused.meta["atom_attention"] = found
+    found.node.replace_all_uses_with(fused)
+    erase_unused(found.node)
+    seen = ["causal"] if mask.position is not None else []
+    seen += [f"the last {mask.window} tokens"] if mask.window else []
+    seen += ["a mask"] if terms else []
+    record.remark([found.name], f"reads kv{bits} codes; visible: {', '.join(seen) or 'all'}")
+
+
+def appends_to(codes: Node) -> list[Node]:
+    """The plain operators that store tokens in a cache."""
+    return [user for user in codes.users if is_call(user, kv_append)]
