@@ -69,13 +69,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention and its cache; `operator` is None where it was left to PyTorch."""
+    """One attention and its cache; `operator` is None where it was left to PyTorch.
+
+    What only looks like attention has no `heads` (query heads, KV heads, channels) and no `cache`.
+    """
 
     name: str
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    cache: str
+    heads: tuple[int, int, int] | None
+    cache: str | None
     cache_bytes_per_token: float | None
     operator: str | None
     remarks: tuple[str, ...]
@@ -209,17 +210,18 @@ def _attentions(run: Rewrite) -> list[Attention]:
         for node in run.gm.graph.nodes
         if "atom_attention" in node.meta
     }
+    remarks = {name: tuple(dict.fromkeys(said)) for name, said in run.record.remarks.items()}
     return [
         Attention(
             found.name,
-            *found.heads,
+            found.heads,
             found.cache,
             found.cache_bytes_per_token,
             fused.get(found.name),
-            tuple(dict.fromkeys(run.record.remarks.get(found.name, ()))),
+            remarks.get(found.name, ()),
         )
         for found in run.attentions
-    ]
+    ] + [Attention(name, None, None, None, None, remarks[name]) for name in run.unknown_attentions]
 
 
 def _weight_bytes(graph: Graph) -> int:
@@ -291,8 +293,8 @@ def _attention_table(attentions: Sequence[Attention]) -> Table:
         one = members[0]
         table.add_row(
             f"{blind} ({len(members)})" if len(members) > 1 else one.name,
-            f"{one.num_heads} on {one.num_kv_heads} x {one.head_dim}",
-            one.cache,
+            "{} on {} x {}".format(*one.heads) if one.heads else "-",
+            one.cache or "-",
             "-" if one.cache_bytes_per_token is None else f"{one.cache_bytes_per_token:g}",
             one.operator or "left to PyTorch",
             "\n".join(one.remarks),

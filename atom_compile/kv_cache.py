@@ -220,7 +220,7 @@ class KVLayer(StaticLayer):  # type: ignore[misc]
             )
         if batch > self.batch_size:
             raise CacheError(f"{batch} sequences, and the cache has room for {self.batch_size}")
-        # compiled, and for each new token on a GPU, reading the length would cost more than it saves
+        # compiled, or for each new token on a GPU, reading the length would cost too much
         if eager and (tokens > 1 or not key.is_cuda):
             length = int(self.cumulative_length)
             if length + tokens > self.max_cache_len:

@@ -1,4 +1,4 @@
-"""Attention over a quantized cache reads the codes themselves: no 16-bit copy of keys and values."""
+"""Attention over a quantized cache reads codes: no 16-bit copy of keys and values is made."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..kernels.attention import attention
-from ..kernels.kv_cache import kv_append, kv_read
+from ..kernels.kv_cache import kv_read
 from .attentions import FoundAttention, find_attentions
-from .graphs import call, erase_unused, is_call, mutates, value
+from .graphs import call, erase_unused, is_call, module_path, mutates, value
 from .masks import joined, match_mask
 from .record import Record
 
@@ -28,6 +28,8 @@ def fuse_attention(gm: GraphModule, record: Record) -> GraphModule:
             _fuse(found, record)
         else:
             record.remark([found.name], reason)
+    for read in gm.graph.find_nodes(op="call_function", target=kv_read):
+        record.remark([module_path(read) or read.name], "its cache is read back in 16 bits")
     return gm
 
 
@@ -59,31 +61,29 @@ def _between(first: Node, last: Node) -> Iterator[Node]:
 def _fuse(found: FoundAttention, record: Record) -> None:
     key_codes, key_scale, key_recent, rope, length, *_, bits, _ = found.key.args
     value_codes, value_scale, value_recent, *_ = found.value.args
-    mask = match_mask(found.mask)
-    with found.node.graph.inserting_before(found.node):
-        terms = mask.rest
+    graph = found.node.graph
+    with graph.inserting_before(found.node):
+        visible = found.mask
         if found.hidden is not None:
-            terms = (call(found.node.graph, torch.logical_not, (found.hidden,), found.node),)
+            visible = call(graph, torch.logical_not, (found.hidden,), found.node)
+        mask = match_mask(visible)
         fused = call(
-            found.node.graph,
+            graph,
             attention,
             (
                 found.query,
                 *(key_codes, key_scale, value_codes, value_scale, key_recent, value_recent),
-                *(rope, length, mask.position, joined(terms, found.node)),
+                *(rope, length, mask.position, joined(mask.rest, found.node)),
                 *(bits, mask.window, found.scale, found.softcap),
             ),
             like=found.node,
         )
     fused.meta["atom_attention"] = found
+    if visible is not None:
+        erase_unused(visible)
     found.node.replace_all_uses_with(fused)
     erase_unused(found.node)
     seen = ["causal"] if mask.position is not None else []
     seen += [f"the last {mask.window} tokens"] if mask.window else []
-    seen += ["a mask"] if terms else []
+    seen += ["a mask"] if mask.rest else []
     record.remark([found.name], f"reads kv{bits} codes; visible: {', '.join(seen) or 'all'}")
-
-
-def appends_to(codes: Node) -> list[Node]:
-    """The plain operators that store tokens in a cache."""
-    return [user for user in codes.users if is_call(user, kv_append)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch.fx import Graph, Node
 
 from ..kernels.kv_cache import kv_read
 from .graphs import is_call, is_tensor, module_path, value
+from .masks import NOT
 
 SDPA = torch._C._nn.scaled_dot_product_attention
 _SOFTMAX = (F.softmax, torch.softmax, "softmax")
 _TRANSPOSE = ("transpose", torch.transpose, "swapaxes")
 _MASK_FILL = ("masked_fill", torch.masked_fill)
-_NOT = (operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "__invert__")
 
 
 NO_CACHE = "no cache"
@@ -30,7 +31,7 @@ class FoundAttention:
 
     query (B, num_heads, Q, D); key, value (B, num_kv_heads, positions, D), before GQA repeats them.
     `hidden`: a boolean mask of what is not visible, in place of `mask`. `cache`: what keys and
-    values come from, in words; its bytes count scales as well.
+    values come from, in words; its bytes count scales as well. `softmax`: of what is written out.
     """
 
     node: Node
@@ -42,6 +43,7 @@ class FoundAttention:
     scale: float
     softcap: float
     is_causal: bool
+    softmax: Node | None
     cache: str
     cache_bytes_per_token: float | None
 
@@ -68,19 +70,30 @@ def _cache(key: Node) -> str:
 
 def _bytes_per_token(*reads: Node) -> float:
     held = [value(tensor) for read in reads for tensor in _storage(read)]
-    return sum(fake.nbytes / (fake.shape[0] * fake.shape[2]) for fake in held)
+    return float(sum(fake.nbytes / (fake.shape[0] * fake.shape[2]) for fake in held))
 
 
 def _storage(read: Node) -> list[Node]:
     """Where keys or values lie in memory."""
     if is_call(read, kv_read):
-        return [one for one in read.args[:2] if one is not None]
+        return [one for one in read.args[:2] if isinstance(one, Node)]
     return [read]
 
 
 def find_attentions(graph: Graph) -> list[FoundAttention]:
     """Those of four dimensions, in graph order."""
     return [found for node in graph.nodes if (found := match_attention(node))]
+
+
+def find_unknown(graph: Graph, found: Sequence[FoundAttention]) -> list[str]:
+    """Where something that looks like attention is none of `found`: names of modules or nodes."""
+    known = {one.softmax for one in found}
+    unknown = [
+        node
+        for node in graph.nodes
+        if is_call(node, *_SOFTMAX) and value(node).dim() == 4 and node not in known
+    ]
+    return list(dict.fromkeys(module_path(node) or node.name for node in unknown))
 
 
 def match_attention(node: Node) -> FoundAttention | None:
@@ -119,7 +132,9 @@ def _match_written_out(node: Node) -> FoundAttention | None:
     softmax = _strip_casts(weights)
     if not is_call(softmax, *_SOFTMAX) or not _over_last(softmax):
         return None
-    scores, mask, hidden = _strip_casts(softmax.args[0]), None, None
+    scores: Any = _strip_casts(softmax.args[0])
+    mask: Any = None
+    hidden: Any = None
     if is_call(scores, torch.add) and all(is_tensor(one) for one in scores.args):
         scores, mask = scores.args
     elif is_call(scores, *_MASK_FILL) and scores.args[2] <= -1e4:
@@ -129,7 +144,7 @@ def _match_written_out(node: Node) -> FoundAttention | None:
     if not is_call(scores, torch.matmul):
         return None
     query, transposed = scores.args
-    if not is_call(transposed, *_TRANSPOSE) or {axis % 4 for axis in transposed.args[1:]} != {2, 3}:
+    if not _swaps_last_two(transposed):
         return None
     return _found(
         node,
@@ -140,6 +155,7 @@ def _match_written_out(node: Node) -> FoundAttention | None:
         hidden=hidden,
         scale=scale,
         softcap=softcap,
+        softmax=softmax,
     )
 
 
@@ -149,11 +165,12 @@ def _found(
     key: Any,
     values: Any,
     *,
-    mask: Node | None = None,
-    hidden: Node | None = None,
+    mask: Any = None,
+    hidden: Any = None,
     scale: float,
     softcap: float = 0.0,
     is_causal: bool = False,
+    softmax: Node | None = None,
 ) -> FoundAttention | None:
     operands = query, _before_repeat(key), _before_repeat(values)
     if not all(is_tensor(one) and value(one).dim() == 4 for one in operands):
@@ -161,12 +178,12 @@ def _found(
     query, key, values = operands
     if value(query).shape[1] % value(key).shape[1] or value(key).shape[1] != value(values).shape[1]:
         return None
-    if hidden is not None and is_call(hidden, *_NOT):
+    if hidden is not None and is_call(hidden, *NOT):
         mask, hidden = hidden.args[0], None
     cache = _cache(key)
     held = None if cache == NO_CACHE else _bytes_per_token(key, values)
     return FoundAttention(
-        node, query, key, values, mask, hidden, scale, softcap, is_causal, cache, held
+        node, query, key, values, mask, hidden, scale, softcap, is_causal, softmax, cache, held
     )
 
 
@@ -195,6 +212,12 @@ def _before_repeat(node: Any) -> Any:
     same = value(base).shape[2:] == value(node).shape[2:]
     heads = value(base).shape[1] * value(expanded).shape[2] == value(node).shape[1]
     return base if same and heads else node
+
+
+def _swaps_last_two(node: Any) -> bool:
+    if is_call(node, getattr):
+        return bool(node.args[1] == "mT")
+    return is_call(node, *_TRANSPOSE) and {axis % 4 for axis in node.args[1:]} == {2, 3}
 
 
 def _strip_casts(node: Any) -> Any:

@@ -121,7 +121,10 @@ def erase_unused(node: Any) -> None:
         erase_unused(operand)
 
 
-_PURE_METHODS = ("to", "contiguous", "expand", "reshape", "transpose", "unsqueeze", "view")
+_PURE_METHODS = (
+    *("contiguous", "expand", "flatten", "masked_fill", "repeat_interleave", "reshape"),
+    *("softmax", "to", "transpose", "unsqueeze", "view"),
+)
 
 
 def _is_pure(node: Node) -> bool:

@@ -21,6 +21,7 @@ _AND = (
 )
 _LE, _GE = (operator.le, torch.le, "le"), (operator.ge, torch.ge, "ge")
 _GT, _LT = (operator.gt, torch.gt, "gt"), (operator.lt, torch.lt, "lt")
+NOT = (operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "__invert__")
 _SUB = (operator.sub, torch.sub, "sub")
 _SHAPE_ONLY = ("expand", "expand_as", "contiguous", "to", "view", "reshape", "unsqueeze", "bool")
 _INDEXING = (operator.getitem, "view", "reshape", "unsqueeze", torch.unsqueeze, "expand")
@@ -67,18 +68,20 @@ def match_mask(mask: Node | None) -> FoundMask:
         elif not (is_call(term, *_ONES)):
             rest.append(term)
     causal = any(_match_causal(term) is position for term in _terms(whole))
-    if position is None or not causal or any(value(term).dim() != 4 for term in rest):
+    if position is None or not causal:
         return FoundMask(rest=(whole,))
     return FoundMask(position, window, tuple(rest))
 
 
 def joined(terms: tuple[Node, ...], like: Node) -> Node | None:
-    """One mask of all terms, at the insertion point."""
+    """One mask of all terms, of four dimensions, at the insertion point."""
     if not terms:
         return None
     mask, *others = terms
     for other in others:
         mask = call(like.graph, torch.logical_and, (mask, other), like)
+    while value(mask).dim() < 4:
+        mask = call(like.graph, torch.unsqueeze, (mask, 0), like)
     return mask
 
 
@@ -117,11 +120,13 @@ def _strip(node: Any) -> Any:
 
 
 def _match_causal(term: Node) -> Node | None:
-    """keys <= queries, or queries >= keys -> the queries' positions (Q,)."""
-    if is_call(term, *_LE):
-        keys, queries = term.args
-    elif is_call(term, *_GE):
-        queries, keys = term.args
+    """keys <= queries, queries >= keys or not keys > queries -> the queries' positions (Q,)."""
+    negated = is_call(term, *NOT)
+    compared = term.args[0] if negated else term
+    if is_call(compared, *(_GT if negated else _LE)):
+        keys, queries = compared.args
+    elif is_call(compared, *(_LT if negated else _GE)):
+        queries, keys = compared.args
     else:
         return None
     return _along_queries(queries) if _counts_keys(keys) else None

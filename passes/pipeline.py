@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch.fx import GraphModule, Node
 
 from .attention_fusion import fuse_attention
-from .attentions import FoundAttention, find_attentions
+from .attentions import FoundAttention, find_attentions, find_unknown
 from .canonical import canonicalize
 from .derived import RecipeLike
 from .embeddings import quantize_embeddings
@@ -45,12 +45,15 @@ class Rewrite:
     record: Record
     planned: list[PlannedLinear] = field(default_factory=list)
     attentions: list[FoundAttention] = field(default_factory=list)
+    unknown_attentions: list[str] = field(default_factory=list)
     arguments: tuple[Node, ...] = ()
     """The copies of the captured graph's placeholders, in the order of its arguments."""
 
 
 def _plan(run: Rewrite) -> GraphModule:
     run.attentions = find_attentions(run.gm.graph)
+    run.unknown_attentions = find_unknown(run.gm.graph, run.attentions)
+    run.record.remark(run.unknown_attentions, "a softmax that is not recognised as attention")
     found = find_linears(run.gm, run.names)
     run.planned = plan_linears(found, run.scheme, run.recipe, run.include_head, run.skip)
     for plan in run.planned:

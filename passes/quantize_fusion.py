@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -80,7 +81,7 @@ _FLATTEN = ("contiguous", "reshape", "view", "flatten", torch.reshape, torch.fla
 
 def _match_attention(y: Node) -> Node | None:
     """Attention whose heads were put side by side: (B, heads, Q, D) -> y (B, Q, heads * D)."""
-    node = y
+    node: Any = y
     while is_call(node, *_FLATTEN) and len(node.args[0].users) == 1:
         node = node.args[0]
     if not is_call(node, "transpose", torch.transpose) or {*node.args[1:]} != {1, 2}:

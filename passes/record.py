@@ -34,8 +34,10 @@ class Record:
         self._messages: list[str] = []
 
     def say(self, names: Iterable[str], message: str) -> None:
-        """Notes `message` about the linears called `names`."""
+        """Notes `message` about the linears or attentions called `names`, if any."""
         names = list(names)
+        if not names:
+            return
         self._messages.append(f"{', '.join(names)}: {message}")
 
     def remark(self, names: Iterable[str], message: str) -> None:

@@ -54,7 +54,8 @@ def _reader(append: Node) -> Node | None:
 
 def _fuse(append: Node, reader: Node) -> str | None:
     """Returns why not, if not."""
-    rotated_query, (rotated_key, values, *cache) = reader.args[0], append.args
+    rotated_query: Any = reader.args[0]
+    rotated_key, values, *cache = append.args
     query, key = match_rope(rotated_query), match_rope(rotated_key)
     if query is None or key is None:
         return "no RoPE of a form that is known: keys are stored by an operator of their own"
@@ -95,9 +96,10 @@ def match_rope(node: Any) -> FoundRope | None:
         if found is None:
             return None
         rotated = value(found.x).shape[-1]
-        if _slice_of(found.x) is None or _slice_of(rest) is None:
+        first, last = _slice_of(found.x), _slice_of(rest)
+        if first is None or last is None:
             return None
-        (x, start, _), (other, rest_start, rest_end) = _slice_of(found.x), _slice_of(rest)
+        (x, start, _), (other, rest_start, rest_end) = first, last
         if x is not other or start or rest_start != rotated or rest_end != value(x).shape[-1]:
             return None
         return FoundRope(x, found.cos, found.sin)

@@ -1,6 +1,8 @@
 """Without a GPU, Triton's interpreter runs the kernels, and tests marked `gpu` are skipped."""
 
 import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,3 +17,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def graphs_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backend rewrites graphs as always, but Inductor, which takes minutes, is left out."""
+    from atom_compile import compat
+
+    def compile_graph(gm: Any, example_inputs: Any, **_: Any) -> Callable[..., Any]:
+        return gm.forward  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compat, "compile_graph", compile_graph)
+    yield
+    torch._dynamo.reset()

@@ -6,7 +6,6 @@ Skipped where the reference models and texts, which are not part of the reposito
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,16 @@ import torch
 from torch import Tensor
 
 import atom_compile
-from atom_compile import Scheme, compat
+from atom_compile import KVCache, Scheme
 from atom_compile.evaluate import perplexity, text_windows
 
 SHARED = Path(__file__).parents[2] / "shared"
 WINDOWS, LENGTH, BATCH = 24, 512, 6
 
-pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the reference models are absent")
+pytestmark = [
+    pytest.mark.skipif(not SHARED.is_dir(), reason="the reference models are absent"),
+    pytest.mark.usefixtures("graphs_run_eagerly"),
+]
 
 
 def shared_windows(name: str) -> list[Tensor]:
@@ -63,19 +65,10 @@ def calibrated(request: pytest.FixtureRequest) -> tuple[Any, atom_compile.Recipe
     return model, atom_compile.calibrate(model, shared_windows("calibration")), request.param
 
 
-@pytest.fixture(autouse=True)
-def _rewritten_graphs_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def compile_graph(gm: Any, example_inputs: Any, **_: Any) -> Callable[..., Any]:
-        return gm.forward  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(compat, "compile_graph", compile_graph)
-    yield
+def measured(model: Any, validation: list[Tensor], cache: Any = None, **options: Any) -> float:
     torch._dynamo.reset()
-
-
-def ratio(model: Any, validation: list[Tensor], **options: Any) -> float:
-    model.compile(backend="atom", options=options)
-    got = perplexity(model, validation)
+    model.compile(backend="atom", options=options | {"strict": True})
+    got = perplexity(model, validation, cache)
     model._compiled_call_impl = None
     return got
 
@@ -92,7 +85,7 @@ def test_perplexity(
     float_perplexity: float,
 ) -> None:
     model, recipe, injected = calibrated
-    got = ratio(model, validation, recipe=recipe, scheme=scheme) / float_perplexity
+    got = measured(model, validation, recipe=recipe, scheme=scheme) / float_perplexity
     print(f"{scheme} {'outliers' if injected else 'plain'}: {got:.4f}")
     assert 1.0 < got <= (outliers if injected else plain)
 
@@ -105,4 +98,21 @@ def test_outliers_ruin_a_scheme_without_outlier_channels(
     model, _, injected = calibrated
     if injected:
         scheme = Scheme(outlier_channels=0)
-        assert ratio(model, validation, scheme=scheme) >= 3 * float_perplexity
+        assert measured(model, validation, scheme=scheme) >= 3 * float_perplexity
+
+
+def test_kv_cache(
+    calibrated: tuple[Any, atom_compile.Recipe, bool], validation: list[Tensor]
+) -> None:
+    model, recipe, injected = calibrated
+    if injected:
+        return
+    got = {
+        scheme: measured(
+            model, validation, KVCache(model.config, BATCH, LENGTH, scheme), recipe=recipe
+        )
+        for scheme in ("kv16", "kv8", "kv4")
+    }
+    ratios = {scheme: one / got["kv16"] for scheme, one in got.items()}
+    print(ratios)
+    assert ratios["kv8"] <= 1.004 and 1.0 < ratios["kv4"] <= 1.045
