@@ -20,14 +20,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def graphs_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The backend rewrites graphs as always, but Inductor, which takes minutes, is left out."""
+def graphs_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The backend rewrites graphs, listed here, as always; Inductor, which is slow, is left out."""
     from atom_compile import compat
 
+    graphs = []
+
     def compile_graph(gm: Any, example_inputs: Any, **_: Any) -> Callable[..., Any]:
+        graphs.append(gm)
         return gm.forward  # type: ignore[no-any-return]
 
     torch._dynamo.reset()
     monkeypatch.setattr(compat, "compile_graph", compile_graph)
-    yield
+    yield graphs
     torch._dynamo.reset()

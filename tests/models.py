@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 
 def tiny_llama(
@@ -27,6 +27,13 @@ def tiny_llama(
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config).eval()
+
+
+def tiny_mistral() -> Any:
+    """Like `tiny_llama`, its attention over a window of 24 tokens."""
+    config = tiny_llama().config.to_dict() | {"sliding_window": 24}
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**config)).eval()
 
 
 class Scaling(nn.Module):

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import atom_compile
+from atom_compile import KVCache
 
 from .capturing import reference_output, relative_error, token_batch
-from .models import HandWritten, tiny_llama
+from .models import HandWritten, tiny_llama, tiny_mistral
 
 pytestmark = pytest.mark.gpu
 
@@ -69,6 +71,76 @@ def test_generate_with_a_compile_config() -> None:
     model.compile(backend="atom")
     again = model.generate(ids, **arguments)
     assert again.shape == (1, 20)
+
+
+@pytest.mark.parametrize("scheme", ["kv4", "kv8", "kv16"])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mistral])
+@torch.no_grad()
+def test_a_quantized_cache(make: Any, scheme: str) -> None:
+    """Prefill, prefill on a cache and decode, against the uncompiled model on the CPU."""
+    model, ids = make(), token_batch(2, 70)
+    pieces = ids.split((37, 30, 1, 1, 1), dim=1)
+    # weights unquantized: what the operators do to attention alone
+    options = {"skip": ["*"], "allow_unchanged": True, "strict": True}
+    wanted, got = [], []
+    cache = KVCache(model.config, 3, 128, scheme, device="cpu")
+    wanted = [model(piece, past_key_values=cache).logits for piece in pieces]
+    model = model.cuda()
+    model.compile(backend="atom", options=options)
+    cache = KVCache(model.config, 3, 128, scheme)
+    got = [model(piece.cuda(), past_key_values=cache).logits.cpu() for piece in pieces]
+    for a, b in zip(got, wanted, strict=True):
+        assert relative_error(a, b) < 2e-2
+
+
+@torch.no_grad()
+def test_decode_under_cuda_graphs() -> None:
+    """No recompilation as the sequence grows, one graph replayed, the cache never copied."""
+    model, ids = tiny_llama().bfloat16().cuda(), token_batch(2, 40).cuda()
+    results = {}
+    for mode in (None, "reduce-overhead"):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = copy.deepcopy(model)
+        compiled.compile(backend="atom", mode=mode, dynamic=False)
+        cache = KVCache(model.config, 2, 64)
+        outputs = [compiled(ids[:, :8], past_key_values=cache).logits[:, -1].clone()]
+        for token in range(8, 40):
+            torch.compiler.cudagraph_mark_step_begin()
+            logits = compiled(ids[:, token : token + 1], past_key_values=cache).logits
+            outputs.append(logits[:, -1].clone())
+        results[mode] = torch.stack(outputs)
+        assert counters["stats"]["unique_graphs"] == 2
+        assert counters["inductor"]["cudagraph_skips"] == 0
+        assert int(cache.get_seq_length()) == 40
+    assert relative_error(results["reduce-overhead"], results[None]) < 1e-3
+
+
+@torch.no_grad()
+def test_generate_with_a_quantized_cache() -> None:
+    model = tiny_llama().cuda()
+    ids = token_batch(1, 8).cuda()
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(ids, **arguments)
+    cache = KVCache(model.config, 1, 32, "kv16")
+    assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), wanted)
+    model.compile(backend="atom")
+    for scheme in ("kv4", "kv8"):
+        cache = KVCache(model.config, 1, 32, scheme)
+        assert model.generate(ids, past_key_values=cache, **arguments).shape == (1, 20)
+
+
+def test_allocated_bytes_of_a_cache() -> None:
+    config = tiny_llama().config
+    config.head_dim = 128
+    allocated = {}
+    for scheme in ("kv4", "kv16"):
+        before = torch.cuda.memory_allocated()
+        cache = KVCache(config, 8, 4096, scheme, dtype=torch.bfloat16)
+        allocated[scheme] = torch.cuda.memory_allocated() - before
+        assert allocated[scheme] == pytest.approx(cache.nbytes, rel=1e-3)
+        del cache
+    assert allocated["kv4"] <= 0.29 * allocated["kv16"]
 
 
 @torch.no_grad()

@@ -1,0 +1,160 @@
+"""The KV cache under transformers: generate, uncompiled and compiled, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from atom_compile import AtomError, KVCache, KVScheme
+from atom_compile.errors import CacheError, OptionError
+
+from .capturing import token_batch
+from .models import tiny_llama
+
+NUMBERS = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 96,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "max_position_embeddings": 128,
+}
+SLIDING = {"sliding_window": 8}
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+UNQUANTIZED = {"skip": ["*"], "allow_unchanged": True, "strict": True}
+
+
+def build(name: str, numbers: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**NUMBERS | numbers)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def padded_batch() -> dict[str, Tensor]:
+    """Two prompts of 11 tokens, the first with three of padding."""
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, :3] = 0
+    return {"input_ids": token_batch(2, 11), "attention_mask": mask}
+
+
+@pytest.fixture(
+    params=[("LlamaConfig", {}), ("MistralConfig", SLIDING), ("Gemma2Config", SLIDING)],
+    ids=["llama", "mistral", "gemma2"],
+)
+def model(request: pytest.FixtureRequest) -> Any:
+    return build(*request.param)
+
+
+def test_generate_in_16_bits_is_what_transformers_gives(model: Any) -> None:
+    inputs = padded_batch()
+    wanted = model.generate(**inputs, **GREEDY)
+    cache = KVCache(model.config, 4, 32, "kv16")
+    assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=cache), wanted)
+    for layer in cache.layers:
+        assert int(layer.cumulative_length) == 22
+    cache.reset()
+    chunked = model.generate(**inputs, **GREEDY, past_key_values=cache, prefill_chunk_size=4)
+    assert torch.equal(chunked, wanted)
+    cache.reset()
+    beams = {**GREEDY, "num_beams": 2}
+    wanted = model.generate(**inputs, **beams)
+    assert torch.equal(model.generate(**inputs, **beams, past_key_values=cache), wanted)
+
+
+@pytest.mark.parametrize("scheme", ["kv8", KVScheme(bits=8, residual=4, keys_before_rope=True)])
+def test_generate_in_8_bits(model: Any, scheme: Any) -> None:
+    inputs = padded_batch()
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        got = model(**inputs, past_key_values=KVCache(model.config, 2, 32, scheme)).logits
+    seen = inputs["attention_mask"].bool()
+    assert (got - wanted)[seen].norm() < 0.02 * wanted[seen].norm()
+
+
+def test_compiled_generate_in_16_bits(model: Any, graphs_run_eagerly: list[Any]) -> None:
+    """The fused operators, weights unquantized: the same tokens, one graph each for both phases."""
+    inputs = padded_batch()
+    wanted = model.generate(**inputs, **GREEDY)
+    model.compile(backend="atom", options=UNQUANTIZED)
+    got = model.generate(**inputs, **GREEDY, past_key_values=KVCache(model.config, 4, 32, "kv16"))
+    assert torch.equal(got, wanted)
+    assert len(graphs_run_eagerly) == 2
+    for gm in graphs_run_eagerly:
+        names = [str(node.target) for node in gm.graph.nodes]
+        assert names.count("atom.attention.default") == 2
+        assert not any("kv_read" in name or "scaled_dot" in name for name in names)
+
+
+@pytest.mark.usefixtures("graphs_run_eagerly")
+def test_generate_with_a_compile_config() -> None:
+    model, ids = tiny_llama(), token_batch(1, 8)
+    wanted = model.generate(ids, **GREEDY)
+    config = transformers.CompileConfig(backend="atom", mode=None, options=dict(UNQUANTIZED))
+    config._compile_all_devices = True
+    cache = KVCache(model.config, 1, 32, "kv16")
+    got = model.generate(ids, **GREEDY, past_key_values=cache, compile_config=config)
+    assert torch.equal(got, wanted)
+
+
+@torch.no_grad()
+def test_no_recompilation_as_the_sequence_grows(graphs_run_eagerly: list[Any]) -> None:
+    model = build("MistralConfig", SLIDING)  # past the window as well
+    model.compile(backend="atom", options={"strict": True})
+    cache = KVCache(model.config, 1, 64)
+    ids = token_batch(1, 24)
+    model(ids[:, :4], past_key_values=cache)
+    for token in range(4, 24):
+        model(ids[:, token : token + 1], past_key_values=cache)
+    assert len(graphs_run_eagerly) == 2
+
+
+def test_bytes() -> None:
+    config = transformers.LlamaConfig(**NUMBERS | {"head_dim": 128})
+    caches = {name: KVCache(config, 2, 64, name, dtype=torch.bfloat16) for name in PRESETS}
+    allocated = {
+        name: sum(tensor.untyped_storage().nbytes() for layer in cache.layers
+                  for tensor in layer.tensors if tensor is not None)
+        for name, cache in caches.items()
+    }  # fmt: skip
+    for name, cache in caches.items():
+        assert cache.nbytes == allocated[name] == cache.bytes_per_token * 2 * 64
+    assert allocated["kv4"] < 0.27 * allocated["kv16"]
+    assert allocated["kv8"] < 0.52 * allocated["kv16"]
+    sliding = KVCache(transformers.MistralConfig(**NUMBERS | SLIDING), 2, 64)
+    assert sliding.nbytes == sliding.bytes_per_token * 2 * 8  # the window's tokens and no more
+
+
+PRESETS = ("kv4", "kv8", "kv16")
+
+
+def test_what_it_refuses() -> None:
+    model, ids = tiny_llama(), token_batch(2, 8)
+    cache = KVCache(model.config, 2, 12)
+    model(ids, past_key_values=cache)
+    with pytest.raises(CacheError, match="8 tokens after 8, and the cache has room for 12"):
+        model(ids, past_key_values=cache)
+    with pytest.raises(CacheError, match="2 sequences, and the cache has room for 1"):
+        model(ids, past_key_values=KVCache(model.config, 1, 12))
+    other = transformers.LlamaConfig(**NUMBERS | {"head_dim": 32})
+    with pytest.raises(CacheError, match="the cache was made for 2 heads of 32"):
+        model(ids, past_key_values=KVCache(other, 2, 12))
+    for scheme, message in (
+        ("kv5", "unknown KV scheme 'kv5'; did you mean"),
+        (KVScheme(group_size=48), "heads of 64 channels cannot be cut into groups of 48"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            KVCache(model.config, 1, 12, scheme)
+    gpt2 = transformers.GPT2Config(n_embd=64, n_head=2, n_layer=1)
+    with pytest.raises(OptionError, match="names no RoPE"):
+        KVCache(gpt2, 1, 12, KVScheme(keys_before_rope=True))
+    for bits, residual in ((3, 0), (4, -1), (16, 4)):
+        with pytest.raises(OptionError):
+            KVScheme(bits=bits, residual=residual)
+    with pytest.raises(AtomError, match="max_len 0"):
+        KVCache(model.config, 1, 0)
