@@ -132,9 +132,19 @@ def bench(
     tokens: Annotated[
         str | None, typer.Option(help="Numbers of tokens, separated by commas: 1,16,64.")
     ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="For attention: numbers of sequences, such as 1,32.")
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option(help="For attention: how many tokens are cached: 2048,8192.")
+    ] = None,
     scheme: SchemeName = "w4a4",
     level: Annotated[
-        str, typer.Option(help="operators: one by one; layer: a whole decoder layer; or all.")
+        str,
+        typer.Option(
+            help="operators: one by one; layer: a whole decoder layer; all: both. attention: over "
+            "a KV cache, or one part of it: decode, prefill, append."
+        ),
     ] = "all",
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; by default cuda where there is one.")
@@ -152,7 +162,9 @@ def bench(
     console = _console()
     result = benchmark.run(
         model,
-        tokens=_parse_tokens(tokens) if tokens else None,
+        tokens=_parse_numbers("tokens", tokens),
+        batch=_parse_numbers("batch", batch),
+        length=_parse_numbers("length", length),
         scheme=scheme,
         level=level,
         device=device,
@@ -175,12 +187,12 @@ def _console() -> Console:
     return console
 
 
-def _parse_tokens(text: str) -> list[int]:
+def _parse_numbers(option: str, text: str | None) -> list[int] | None:
     try:
-        return [int(count) for count in text.split(",")]
+        return [int(count) for count in text.split(",")] if text else None
     except ValueError:
         raise OptionError(
-            f"--tokens is {text!r}; it must be whole numbers such as 1,16,64"
+            f"--{option} is {text!r}; it must be whole numbers such as 1,16,64"
         ) from None
 
 

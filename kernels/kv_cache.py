@@ -1,8 +1,8 @@
 """The quantized KV cache: how keys and values lie in memory; `atom::kv_append`, `atom::kv_read`.
 
 A layer's cache holds keys and values of up to `slots` tokens for each sequence and KV head. The
-token at position p (0 is a sequence's first) lies in slot p % slots, so that a layer whose attention
-slides over a window keeps just that window.
+token at position p (0 is a sequence's first) lies in slot p % slots, so that a layer whose
+attention slides over a window keeps just that window.
 
     codes   (batch, num_kv_heads, slots, head_dim * bits / 8)   uint8
     scale   (batch, num_kv_heads, slots, groups, 2)             float16: scale, minimum
@@ -28,7 +28,11 @@ on the device, so that neither a graph nor a capture of one ever depends on it.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .library import define
@@ -61,7 +65,7 @@ def dequantize(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The inverse of `quantize`: (*, head_dim) float32."""
     if bits == 4:
         codes = torch.cat([codes & 0xF, codes >> 4], dim=-1)
-    grouped = codes.float().unflatten(-1, (scale.shape[-2], -1))
+    grouped: Tensor = codes.float().unflatten(-1, (scale.shape[-2], -1))
     return (grouped * scale[..., 0:1].float() + scale[..., 1:2].float()).flatten(-2)
 
 
@@ -138,14 +142,14 @@ def read_reference(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The first `batch` sequences as (batch, num_kv_heads, positions, head_dim); 0 where not held."""
+    """The first `batch` sequences, (batch, num_kv_heads, positions, head_dim); 0 where not held."""
     slots = codes.shape[2]
     x = _values(codes[:batch], scale if scale is None else scale[:batch], bits)
     position = torch.arange(positions, device=codes.device)
     if positions != slots:
         x = x.index_select(2, position % slots)
     if rope is not None:
-        cos, sin = rope[position].chunk(2, dim=-1)
+        cos, sin = rope[position.clamp(max=rope.shape[0] - 1)].chunk(2, dim=-1)
         x = rotate(x, cos, sin)
     length = per_sequence(length, batch)[:, None, None, None]
     position = position[:, None]
@@ -180,6 +184,438 @@ def append_fake(*_: object) -> None:
     return None
 
 
+_SMALLEST_SCALE = tl.constexpr(_LEAST_SCALE)
+_LARGEST_HALF = tl.constexpr(_LARGEST)
+# 1.5 * 2^23: adding and taking it away rounds a small float32 to the nearest even integer
+_ROUNDER = tl.constexpr(12582912.0)
+_INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _round(x, DTYPE: tl.constexpr):
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _rope_partner(channel, ROTATED: tl.constexpr):
+    return tl.where(channel < ROTATED // 2, channel + ROTATED // 2, channel - ROTATED // 2)
+
+
+@triton.jit
+def _load_turned(x_row, cos_row, sin_row, channel, live, stride, cos_stride, ROTATED: tl.constexpr):
+    """Channels after RoPE of the first `ROTATED`, each step rounded as `apply_rope` rounds it."""
+    DTYPE: tl.constexpr = x_row.dtype.element_ty
+    x = tl.load(x_row + channel * stride, mask=live, other=0.0).to(tl.float32)
+    if ROTATED > 0:
+        turns = live & (channel < ROTATED)
+        partner = _rope_partner(channel, ROTATED) * stride
+        other = tl.load(x_row + partner, mask=turns, other=0.0).to(tl.float32)
+        cos = tl.load(cos_row + channel * cos_stride, mask=turns, other=0.0).to(tl.float32)
+        sin = tl.load(sin_row + channel * cos_stride, mask=turns, other=0.0).to(tl.float32)
+        along = _round(x * _round(cos, DTYPE), DTYPE)
+        across = _round(other * _round(sin, DTYPE), DTYPE)
+        turned = tl.where(channel < ROTATED // 2, along - across, along + across)
+        x = tl.where(turns, _round(turned, DTYPE), x)
+    return x
+
+
+@triton.jit
+def _rotate(x, other, rope_row, channel, turns, ROTATED: tl.constexpr, BACK: tl.constexpr):
+    """Mirrors `rotate` at a position of the `rope` table; `other`: the channels' partners."""
+    pair = channel % (ROTATED // 2)
+    cos = tl.load(rope_row + pair, mask=turns, other=1.0)
+    sin = tl.load(rope_row + ROTATED // 2 + pair, mask=turns, other=0.0)
+    along = x * cos
+    across = other * sin
+    turned = tl.where((channel < ROTATED // 2) == BACK, along + across, along - across)
+    return tl.where(turns, turned, x)
+
+
+@triton.jit
+def _turn_back(
+    x, x_row, cos_row, sin_row, rope_row, channel, live, stride, cos_stride,
+    ROTATED: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """x, what `_load_turned` gave, as `rotate` with the table's cos and -sin makes it."""
+    if TABLE > 0:
+        turns = live & (channel < TABLE)
+        partner = _rope_partner(channel, TABLE)
+        other = _load_turned(x_row, cos_row, sin_row, partner, turns, stride, cos_stride, ROTATED)
+        x = _rotate(x, other, rope_row, channel, turns, TABLE, BACK=True)
+    return x
+
+
+@triton.jit
+def _store_head(ptr, row, kept, first, second, HEAD_DIM: tl.constexpr):
+    """The halves of the channels of a token's head, into row `row` of HEAD_DIM elements each."""
+    HALF: tl.constexpr = HEAD_DIM - HEAD_DIM // 2
+    channel = tl.arange(0, first.shape[1])[None, :]
+    at = ptr + row[:, None] * HEAD_DIM + channel
+    tl.store(at, first.to(ptr.dtype.element_ty), mask=kept[:, None] & (channel < HALF))
+    live = channel < HEAD_DIM - HALF
+    tl.store(at + HALF, second.to(ptr.dtype.element_ty), mask=kept[:, None] & live)
+
+
+@triton.jit
+def _round_to_codes(x, minimum, inverse, LARGEST: tl.constexpr):
+    codes = (x - minimum[:, None]) * inverse[:, None]
+    codes = tl.where(codes == codes, codes, 0.0)
+    codes = tl.minimum(tl.maximum(codes, 0.0), LARGEST)
+    return ((codes + _ROUNDER) - _ROUNDER).to(tl.int32)
+
+
+@triton.jit
+def _quantize_and_store(
+    codes_ptr, scale_ptr, row, kept, first, second,
+    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Mirrors `quantize`. A group may lie in both halves, so each is reduced under a mask."""
+    HALF: tl.constexpr = HEAD_DIM - HEAD_DIM // 2
+    SIZE: tl.constexpr = HEAD_DIM // GROUPS
+    LARGEST: tl.constexpr = (1 << BITS) - 1
+    channel = tl.arange(0, first.shape[1])[None, :]
+    first_codes = tl.zeros(first.shape, tl.int32)
+    second_codes = tl.zeros(first.shape, tl.int32)
+    for group in range(GROUPS):
+        in_first = (channel < HALF) & (channel // SIZE == group)
+        in_second = (channel < HEAD_DIM - HALF) & ((channel + HALF) // SIZE == group)
+        low = tl.minimum(
+            tl.min(tl.where(in_first, first, _INFINITY), axis=1),
+            tl.min(tl.where(in_second, second, _INFINITY), axis=1),
+        )
+        high = tl.maximum(
+            tl.max(tl.where(in_first, first, -_INFINITY), axis=1),
+            tl.max(tl.where(in_second, second, -_INFINITY), axis=1),
+        )
+        nans = (in_first & (first != first)).to(tl.int32)
+        nans += (in_second & (second != second)).to(tl.int32)
+        has_nan = tl.sum(nans, axis=1) > 0  # tl.min and tl.max drop NaNs
+        minimum = tl.minimum(tl.maximum(low, -_LARGEST_HALF), _LARGEST_HALF)
+        minimum = tl.where(has_nan, float("nan"), minimum).to(tl.float16)
+        scale = (high - minimum.to(tl.float32)) * (1.0 / LARGEST)
+        scale = tl.minimum(tl.maximum(scale, _SMALLEST_SCALE), _LARGEST_HALF)
+        finite = (tl.abs(low) < _INFINITY) & (tl.abs(high) < _INFINITY) & (has_nan == 0)
+        scale = tl.where(finite, scale, float("nan")).to(tl.float16)
+        inverse = tl.div_rn(1.0, scale.to(tl.float32))
+        codes = _round_to_codes(first, minimum.to(tl.float32), inverse, LARGEST)
+        first_codes = tl.where(in_first, codes, first_codes)
+        codes = _round_to_codes(second, minimum.to(tl.float32), inverse, LARGEST)
+        second_codes = tl.where(in_second, codes, second_codes)
+        tl.store(scale_ptr + (row * GROUPS + group) * 2, scale, mask=kept)
+        tl.store(scale_ptr + (row * GROUPS + group) * 2 + 1, minimum, mask=kept)
+    if BITS == 4:
+        packed = (first_codes | (second_codes << 4)).to(tl.uint8)
+        at = codes_ptr + row[:, None] * HALF + channel
+        tl.store(at, packed, mask=kept[:, None] & (channel < HALF))
+    else:
+        _store_head(codes_ptr, row, kept, first_codes, second_codes, HEAD_DIM)
+
+
+@triton.jit
+def append_kernel(
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, rope_ptr, length_ptr, out_ptr,
+    key_codes_ptr, key_scale_ptr, key_recent_ptr,
+    value_codes_ptr, value_scale_ptr, value_recent_ptr,
+    tokens, slots, table_length, length_stride, num_heads, num_kv_heads,
+    query_stride_b, query_stride_h, query_stride_t, query_stride_d,
+    key_stride_b, key_stride_h, key_stride_t, key_stride_d,
+    value_stride_b, value_stride_h, value_stride_t, value_stride_d,
+    cos_stride_b, cos_stride_t, cos_stride_d,
+    HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    KEY_GROUPS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
+    KEY_RESIDUAL: tl.constexpr,
+    VALUE_RESIDUAL: tl.constexpr,
+    ROTATED: tl.constexpr,
+    TABLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`ROWS` tokens of one head of one sequence: a query head's, a key head's or a value head's.
+
+    ROTATED: channels that RoPE turns now, 0 in `kv_append`. TABLE: those of the `rope` table, or 0.
+    GROUPS and RESIDUAL: 0 where there is no scale and no `recent`.
+    """
+    HALF: tl.constexpr = HEAD_DIM - HEAD_DIM // 2
+    b = tl.program_id(1).to(tl.int64)
+    heads = num_heads + 2 * num_kv_heads
+    head = tl.program_id(0) % heads
+    token = tl.program_id(0) // heads * ROWS + tl.arange(0, ROWS)
+    exists = token < tokens
+    row = token.to(tl.int64)[:, None]
+    position = tl.load(length_ptr + b * length_stride).to(tl.int64) + token
+    channel = tl.arange(0, HALF_BLOCK)[None, :]
+    upper = channel + HALF
+    live = exists[:, None] & (channel < HALF)
+    upper_live = exists[:, None] & (upper < HEAD_DIM)
+    cos_row = cos_ptr + b * cos_stride_b + row * cos_stride_t
+    sin_row = sin_ptr + b * cos_stride_b + row * cos_stride_t
+    if head < num_heads:
+        if ROTATED > 0:
+            x_row = query_ptr + b * query_stride_b + head.to(tl.int64) * query_stride_h
+            x_row += row * query_stride_t
+            first = _load_turned(
+                x_row, cos_row, sin_row, channel, live, query_stride_d, cos_stride_d, ROTATED
+            )
+            second = _load_turned(
+                x_row, cos_row, sin_row, upper, upper_live, query_stride_d, cos_stride_d, ROTATED
+            )
+            out_row = (b * tokens + token) * num_heads + head
+            _store_head(out_ptr, out_row, exists, first, second, HEAD_DIM)
+    elif head < num_heads + num_kv_heads:
+        kv_head = (head - num_heads).to(tl.int64)
+        x_row = key_ptr + b * key_stride_b + kv_head * key_stride_h + row * key_stride_t
+        first = _load_turned(
+            x_row, cos_row, sin_row, channel, live, key_stride_d, cos_stride_d, ROTATED
+        )
+        second = _load_turned(
+            x_row, cos_row, sin_row, upper, upper_live, key_stride_d, cos_stride_d, ROTATED
+        )
+        if KEY_RESIDUAL > 0:
+            ring = (b * num_kv_heads + kv_head) * KEY_RESIDUAL + position % KEY_RESIDUAL
+            late = exists & (token >= tokens - KEY_RESIDUAL)
+            _store_head(key_recent_ptr, ring, late, first, second, HEAD_DIM)
+        rope_row = rope_ptr + tl.minimum(position, table_length - 1)[:, None] * TABLE
+        first = _turn_back(
+            first, x_row, cos_row, sin_row, rope_row, channel, live, key_stride_d, cos_stride_d,
+            ROTATED, TABLE,
+        )  # fmt: skip
+        second = _turn_back(
+            second, x_row, cos_row, sin_row, rope_row, upper, upper_live, key_stride_d,
+            cos_stride_d, ROTATED, TABLE,
+        )  # fmt: skip
+        slot = (b * num_kv_heads + kv_head) * slots + position % slots
+        kept = exists & (token >= tokens - slots)
+        if KEY_GROUPS > 0:
+            _quantize_and_store(
+                key_codes_ptr, key_scale_ptr, slot, kept, first, second, HEAD_DIM, BITS, KEY_GROUPS
+            )
+        else:
+            _store_head(key_codes_ptr, slot, kept, first, second, HEAD_DIM)
+    else:
+        kv_head = (head - num_heads - num_kv_heads).to(tl.int64)
+        x_row = value_ptr + b * value_stride_b + kv_head * value_stride_h + row * value_stride_t
+        first = tl.load(x_row + channel * value_stride_d, mask=live, other=0.0).to(tl.float32)
+        second = tl.load(x_row + upper * value_stride_d, mask=upper_live, other=0.0).to(tl.float32)
+        if VALUE_RESIDUAL > 0:
+            ring = (b * num_kv_heads + kv_head) * VALUE_RESIDUAL + position % VALUE_RESIDUAL
+            late = exists & (token >= tokens - VALUE_RESIDUAL)
+            _store_head(value_recent_ptr, ring, late, first, second, HEAD_DIM)
+        slot = (b * num_kv_heads + kv_head) * slots + position % slots
+        kept = exists & (token >= tokens - slots)
+        if VALUE_GROUPS > 0:
+            _quantize_and_store(
+                value_codes_ptr, value_scale_ptr, slot, kept, first, second, HEAD_DIM, BITS,
+                VALUE_GROUPS,
+            )  # fmt: skip
+        else:
+            _store_head(value_codes_ptr, slot, kept, first, second, HEAD_DIM)
+
+
+class Rotation(NamedTuple):
+    """What `rope_append` adds: cos and sin (batch or 1, tokens, rotated_channels)."""
+
+    query: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+def launch_append(
+    key: Tensor,
+    value: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor | None,
+    key_recent: Tensor | None,
+    value_recent: Tensor | None,
+    rope: Tensor | None,
+    length: Tensor,
+    bits: int,
+    rotation: Rotation | None = None,
+) -> Tensor | None:
+    """With a rotation, of the key too, the rotated query (B, num_heads, T, D) as (B, T, H, D)."""
+    caches = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope)
+    _require_contiguous(*caches)
+    batch, num_kv_heads, tokens, head_dim = key.shape
+    query, cos, sin = rotation or (key, key, key)  # else pointers that the kernel does not read
+    num_heads = query.shape[1] if rotation else 0
+    out = query.new_empty(batch, tokens, num_heads, head_dim) if rotation else None
+    if batch * tokens == 0:
+        return out
+    if rotation:
+        cos, sin = (table.expand(batch, -1, -1) for table in (cos, sin))
+        if cos.stride() != sin.stride():
+            cos, sin = cos.contiguous(), sin.contiguous()
+    rows = min(16, triton.next_power_of_2(tokens))
+    half_block = triton.next_power_of_2((head_dim + 1) // 2)
+    append_kernel[(triton.cdiv(tokens, rows) * (num_heads + 2 * num_kv_heads), batch)](
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        key if rope is None else rope,
+        length,
+        key if out is None else out,
+        key_codes,
+        key_codes if key_scale is None else key_scale,
+        key_codes if key_recent is None else key_recent,
+        value_codes,
+        value_codes if value_scale is None else value_scale,
+        value_codes if value_recent is None else value_recent,
+        tokens,
+        key_codes.shape[2],
+        1 if rope is None else rope.shape[0],
+        _stride(length),
+        num_heads,
+        num_kv_heads,
+        *query.stride(),
+        *key.stride(),
+        *value.stride(),
+        *cos.stride()[:3],
+        HEAD_DIM=head_dim,
+        BITS=bits,
+        KEY_GROUPS=0 if key_scale is None else key_scale.shape[3],
+        VALUE_GROUPS=0 if value_scale is None else value_scale.shape[3],
+        KEY_RESIDUAL=0 if key_recent is None else key_recent.shape[2],
+        VALUE_RESIDUAL=0 if value_recent is None else value_recent.shape[2],
+        ROTATED=cos.shape[-1] if rotation else 0,
+        TABLE=0 if rope is None else rope.shape[1],
+        ROWS=rows,
+        HALF_BLOCK=half_block,
+        num_warps=min(max(1, rows * half_block // 256), 8),
+        enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
+    )
+    return out
+
+
+@triton.jit
+def _read_channels(
+    codes_ptr, scale_ptr, row, channel, live,
+    HEAD_DIM: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """What the codes of rows `row` stand for, at any channels; see `dequantize`."""
+    if GROUPS > 0 and BITS == 4:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        pair = tl.load(codes_ptr + row[:, None] * HALF + channel % HALF, mask=live, other=0)
+        x = tl.where(channel < HALF, pair & 0xF, pair >> 4).to(tl.float32)
+    else:
+        at = codes_ptr + row[:, None] * HEAD_DIM + channel
+        x = tl.load(at, mask=live, other=0).to(tl.float32)
+    if GROUPS > 0:
+        if GROUPS == 1:  # one load for the whole row; every slot can be read, held or not
+            scale = tl.load(scale_ptr + row * 2)[:, None]
+            minimum = tl.load(scale_ptr + row * 2 + 1)[:, None]
+        else:
+            at = scale_ptr + (row[:, None] * GROUPS + channel // (HEAD_DIM // GROUPS)) * 2
+            scale = tl.load(at, mask=live, other=0.0)
+            minimum = tl.load(at + 1, mask=live, other=0.0)
+        x = x * scale.to(tl.float32) + minimum.to(tl.float32)
+    return x
+
+
+@triton.jit
+def read_kernel(
+    codes_ptr, scale_ptr, recent_ptr, rope_ptr, length_ptr, out_ptr,
+    positions, slots, table_length, length_stride, num_kv_heads,
+    HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    TABLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`ROWS` positions of one head of one sequence; constants as in `append_kernel`."""
+    b = tl.program_id(1).to(tl.int64)
+    ring = b * num_kv_heads + tl.program_id(0) % num_kv_heads
+    position = tl.program_id(0) // num_kv_heads * ROWS + tl.arange(0, ROWS)
+    length = tl.load(length_ptr + b * length_stride).to(tl.int64)
+    exists = position < positions
+    held = exists & (position < length) & (position >= length - slots)
+    late = held & (position >= length - RESIDUAL)
+    channel = tl.arange(0, BLOCK)[None, :]
+    live = (held & (late == 0))[:, None] & (channel < HEAD_DIM)
+    slot = ring * slots + position % slots
+    x = _read_channels(codes_ptr, scale_ptr, slot, channel, live, HEAD_DIM, BITS, GROUPS)
+    if TABLE > 0:
+        turns = live & (channel < TABLE)
+        partner = _rope_partner(channel, TABLE)
+        other = _read_channels(codes_ptr, scale_ptr, slot, partner, turns, HEAD_DIM, BITS, GROUPS)
+        row = tl.minimum(position, table_length - 1).to(tl.int64)[:, None]
+        x = _rotate(x, other, rope_ptr + row * TABLE, channel, turns, TABLE, BACK=False)
+    if RESIDUAL > 0:
+        at = recent_ptr + (ring * RESIDUAL + position % RESIDUAL)[:, None] * HEAD_DIM + channel
+        recent = tl.load(at, mask=late[:, None] & (channel < HEAD_DIM), other=0.0).to(tl.float32)
+        x = tl.where(late[:, None], recent, x)
+    at = out_ptr + (ring * positions + position)[:, None] * HEAD_DIM + channel
+    x = tl.where(held[:, None], x, 0.0).to(out_ptr.dtype.element_ty)
+    tl.store(at, x, mask=exists[:, None] & (channel < HEAD_DIM))
+
+
+def launch_read(
+    codes: Tensor,
+    scale: Tensor | None,
+    recent: Tensor | None,
+    rope: Tensor | None,
+    length: Tensor,
+    batch: int,
+    positions: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _require_contiguous(codes, scale, recent, rope)
+    out = read_fake(codes, scale, recent, rope, length, batch, positions, bits, dtype)
+    if out.numel() == 0:
+        return out
+    num_kv_heads, head_dim = out.shape[1], out.shape[3]
+    rows = min(16, triton.next_power_of_2(positions))
+    block = triton.next_power_of_2(head_dim)
+    read_kernel[(triton.cdiv(positions, rows) * num_kv_heads, batch)](
+        codes,
+        codes if scale is None else scale,
+        codes if recent is None else recent,
+        codes if rope is None else rope,
+        length,
+        out,
+        positions,
+        codes.shape[2],
+        1 if rope is None else rope.shape[0],
+        _stride(length),
+        num_kv_heads,
+        HEAD_DIM=head_dim,
+        BITS=bits,
+        GROUPS=0 if scale is None else scale.shape[3],
+        RESIDUAL=0 if recent is None else recent.shape[2],
+        TABLE=0 if rope is None else rope.shape[1],
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=min(max(1, rows * block // 512), 8),
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def _require_contiguous(*caches: Tensor | None) -> None:
+    for cache in caches:
+        if cache is not None and not cache.is_contiguous():
+            raise ValueError(
+                f"a KV cache's tensor of shape {tuple(cache.shape)} has strides {cache.stride()}; "
+                "the kernels read and write contiguous ones"
+            )
+
+
+def _stride(length: Tensor) -> int:
+    """From one sequence's length to the next's."""
+    return length.reshape(-1).stride(0) if length.numel() > 1 else 0
+
+
+def _append_on_gpu(*arguments: Any) -> None:
+    launch_append(*arguments)
+
+
 CACHE = (
     "Tensor key_codes, Tensor? key_scale, Tensor value_codes, Tensor? value_scale, "
     "Tensor? key_recent, Tensor? value_recent, Tensor? rope, Tensor length"
@@ -193,12 +629,12 @@ kv_append = define(
     f"kv_append(Tensor key, Tensor value, {WRITTEN_CACHE}, int bits) -> ()",
     append_reference,
     append_fake,
-    append_reference,
+    _append_on_gpu,
 )
 kv_read = define(
     "kv_read(Tensor codes, Tensor? scale, Tensor? recent, Tensor? rope, Tensor length, "
     "SymInt batch, int positions, int bits, ScalarType dtype) -> Tensor",
     read_reference,
     read_fake,
-    read_reference,
+    launch_read,
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import kv_cache
-from .kv_cache import WRITTEN_CACHE
+from .kv_cache import WRITTEN_CACHE, Rotation
 from .library import define
 
 
@@ -54,6 +54,28 @@ def reference(
     return apply_rope(query, cos, sin).transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor | None,
+    key_recent: Tensor | None,
+    value_recent: Tensor | None,
+    rope: Tensor | None,
+    length: Tensor,
+    bits: int,
+) -> Tensor:
+    cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
+    out = kv_cache.launch_append(key, value, *cache, bits, Rotation(query, cos, sin))
+    assert out is not None
+    return out.transpose(1, 2)
+
+
 def fake(query: Tensor, *_: object) -> Tensor:
     batch, heads, tokens, head_dim = query.shape
     return query.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
@@ -64,5 +86,5 @@ rope_append = define(
     f"{WRITTEN_CACHE}, int bits) -> Tensor",
     reference,
     fake,
-    reference,
+    launch,
 )

@@ -168,7 +168,8 @@ def test_files_are_written_whole_and_hold_the_record(result: Result, tmp_path: P
         "tokens",
     }
     assert record | {"copy_gb_per_s", "python", "level"} <= set(data["environment"])
-    names = {field.name for field in dataclasses.fields(Row)} | {"gb_per_s", "speedup"}
+    names = {field.name for field in dataclasses.fields(Row)}
+    names |= {"gb_per_s", "copy_share", "tflop_per_s", "speedup"}
     assert all(set(row) == names for row in data["rows"])
     assert len(data["rows"]) == len(result.rows)
     assert paths[2].read_bytes().startswith(b"\x89PNG")
@@ -202,6 +203,7 @@ def _printed(result: Result) -> str:
     ("arguments", "message"),
     [
         ({"model": "llama3-8"}, "unknown model 'llama3-8'; did you mean 'llama3-8b'"),
+        ({"batch": [4]}, r"batch is \[4\], and level 'all' does not go by it; give tokens"),
         ({"tokens": [4, 0]}, r"tokens is \[4, 0\]; every number must be at least 1"),
         ({"level": "layers"}, "unknown level 'layers'; did you mean 'layer'"),
         ({"scheme": "w4a5"}, "unknown scheme 'w4a5'"),

@@ -29,6 +29,7 @@ def run(*arguments: object) -> tuple[int, str]:
         ("explain", ["--scheme", "--recipe", "--tokens", "--stage", "--out"]),
         ("calibrate", ["--text", "--out", "--scheme", "--windows", "--length"]),
         ("bench", ["--model", "--tokens", "--scheme", "--level", "--device", "--out", "--quick"]),
+        ("bench", ["--batch", "--length"]),
     ],
 )
 def test_help_describes_every_option(command: str, options: list[str]) -> None:
@@ -68,6 +69,7 @@ def test_a_directory_that_transformers_cannot_load(tmp_path: Path) -> None:
     [
         (["--tokens", "1,x"], "--tokens is '1,x'; it must be whole numbers such as 1,16,64"),
         (["--tokens", "0"], "every number must be at least 1"),
+        (["--level", "decode", "--length", "x"], "--length is 'x'; it must be whole numbers"),
         (["--model", "llama3-8"], "did you mean 'llama3-8b'"),
         (["--level", "everything"], "unknown level 'everything'"),
         (["--scheme", "w4"], "unknown scheme 'w4'"),

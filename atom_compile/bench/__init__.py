@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from triton.errors import TritonError
 
 from ..errors import OptionError, unknown
 from ..scheme import Scheme
+from . import attention
 from .cases import Case, Setting
 from .layer import layer_cases
 from .operators import operator_cases
@@ -27,16 +29,20 @@ from .timing import Timing, copies_past_cache, copy_bandwidth, measure
 
 __all__ = ["Result", "Row", "Shape", "run"]
 
-LEVELS = ("operators", "layer", "all")
+LEVELS = ("operators", "layer", "all", *attention.LEVELS)
 DEFAULT_MODEL = {"cuda": "llama3-8b", "cpu": "prose-llama-5m"}
 DEFAULT_TOKENS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096), "cpu": (1, 16, 64)}
 QUICK_TOKENS = (1, 16)
+DEFAULT_BATCHES = {"cuda": (1, 32), "cpu": (1, 2)}
+DEFAULT_LENGTHS = {"cuda": (2048, 8192), "cpu": (64, 256)}
 
 
 def run(
     model: str | Shape | None = None,
     *,
     tokens: Sequence[int] | None = None,
+    batch: Sequence[int] | None = None,
+    length: Sequence[int] | None = None,
     scheme: str | Scheme = "w4a4",
     level: str = "all",
     device: str | None = None,
@@ -45,16 +51,21 @@ def run(
 ) -> Result:
     """Times the operators and the decoder layer of `model`; `console` shows progress.
 
+    level: "operators", "layer" or "all", these two, at each number of `tokens`. Or "attention", or
+        one part of it, "decode", "prefill" or "append": over KV caches of 4, 8 and 16 bits, with
+        each `batch` of sequences (prefill: with one) and each `length` that is cached.
+
     Resets `torch.compile` in this process, so that nothing compiled before has a say.
     """
+    if level not in LEVELS:
+        raise OptionError(unknown("level", level, LEVELS))
     setting = _setting(model, tokens, scheme, device, quick)
+    setting = _with_lengths(setting, level, tokens, batch, length, quick)
     environment = describe_environment(setting.device) | {
         "model": setting.shape.name,
-        "scheme_name": f"w{setting.scheme.weight_bits}a{setting.scheme.activation_bits}",
-        "scheme": asdict(setting.scheme),
+        **_measured(setting),
         "baseline": setting.baseline,
         "level": level,
-        "tokens": list(setting.tokens),
         "copy_gb_per_s": round(copy_bandwidth(setting.device), 1),
     }
     rows: list[Row] = []
@@ -83,8 +94,6 @@ def _setting(
         raise OptionError("device 'cuda': PyTorch sees no GPU here. Use device 'cpu'.")
     model = model or DEFAULT_MODEL[device.type]
     tokens = tokens or (QUICK_TOKENS if quick else DEFAULT_TOKENS[device.type])
-    if min(tokens) < 1:
-        raise OptionError(f"tokens is {list(tokens)}; every number must be at least 1")
     return Setting(
         shape=model if isinstance(model, Shape) else find_shape(model),
         scheme=Scheme.of(scheme),
@@ -94,11 +103,60 @@ def _setting(
     )
 
 
+def _with_lengths(
+    setting: Setting,
+    level: str,
+    tokens: Sequence[int] | None,
+    batch: Sequence[int] | None,
+    length: Sequence[int] | None,
+    quick: bool,
+) -> Setting:
+    """With what the levels of attention go through."""
+    of_attention = level in attention.LEVELS
+    taken = ("length",) if level == "prefill" else ("batch", "length")
+    taken = taken if of_attention else ("tokens",)
+    for name, given in (("tokens", tokens), ("batch", batch), ("length", length)):
+        if given and name not in taken:
+            raise OptionError(
+                f"{name} is {list(given)}, and level {level!r} does not go by it; "
+                f"give {' and '.join(taken)}"
+            )
+        if given and min(given) < 1:
+            raise OptionError(f"{name} is {list(given)}; every number must be at least 1")
+    if not of_attention:
+        return setting
+    kind, count = setting.device.type, 1 if quick else None
+    return replace(
+        setting,
+        tokens=(),
+        batches=(1,)
+        if level == "prefill"
+        else tuple(dict.fromkeys(batch or DEFAULT_BATCHES[kind][:count])),
+        lengths=tuple(dict.fromkeys(length or DEFAULT_LENGTHS[kind][:count])),
+    )
+
+
+def _measured(setting: Setting) -> dict[str, Any]:
+    if setting.lengths:
+        return {
+            "scheme_name": "-".join(f"kv{bits}" for bits in attention.BITS),
+            "batch": list(setting.batches),
+            "length": list(setting.lengths),
+        }
+    return {
+        "scheme_name": f"w{setting.scheme.weight_bits}a{setting.scheme.activation_bits}",
+        "scheme": asdict(setting.scheme),
+        "tokens": list(setting.tokens),
+    }
+
+
 def _cases(setting: Setting, level: str) -> tuple[Iterator[Case], int]:
     """The cases of `level`, made one at a time, and how many there are."""
-    if level not in LEVELS:
-        raise OptionError(unknown("level", level, LEVELS))
     torch.compiler.reset()
+    if level in attention.LEVELS:
+        plans = attention.attention_plans(setting, level)
+        cases = (case for plan in plans for case in attention.attention_cases(setting, plan))
+        return cases, 3 * len(plans)
     operators = operator_cases(setting) if level != "layer" else []
     layers = layer_cases(setting) if level != "operators" else iter(())
     layer_count = 3 * len(setting.tokens) if level != "operators" else 0
@@ -124,6 +182,7 @@ def _run_case(case: Case, setting: Setting, seconds: float) -> Row:
         N=case.N,
         K=case.K,
         bytes=bytes_moved,
+        flops=case.flops,
         copies=copies,
         error=error if math.isfinite(error) else None,
         error_limit=case.limit,

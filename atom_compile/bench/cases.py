@@ -23,14 +23,14 @@ class Case:
     """One variant ("baseline", "unfused" or "fused") of one operator at M tokens.
 
     `function` is timed on what `inputs` draws. `observe(outputs, *inputs)` makes of its outputs
-    what `reference(*inputs)` returns, and the two may be `limit` apart. `weight_bytes`: of weights
-    that are not among the inputs.
+    what `reference(*inputs)` returns, and the two may be `limit` apart. `weight_bytes`: of what is
+    moved and not among the inputs' tensors. `flops`: 0 where memory alone bounds the time.
     """
 
     op: str
     variant: str
     runs: str
-    M: int
+    M: int  # tokens; of attention, the cache's length
     N: int | None  # of a linear
     K: int
     inputs: Callable[[Draw], tuple[Any, ...]]
@@ -39,6 +39,7 @@ class Case:
     observe: Callable[..., Tensor]
     limit: float
     weight_bytes: int = 0
+    flops: int = 0
 
 
 class Draw:
@@ -67,6 +68,8 @@ class Setting:
     tokens: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
+    batches: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
 
     @property
     def baseline(self) -> str:

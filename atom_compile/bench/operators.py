@@ -102,7 +102,7 @@ def _norm_cases(setting: Setting, M: int) -> list[Case]:
         (M, K),
         tensors=lambda draw: (draw.normal(M, K), draw.norm_weight(K)),
         baseline=_rms_norm,
-        unfused=_by_inductor(_rms_norm_reorder_quantize),
+        unfused=by_inductor(_rms_norm_reorder_quantize),
         fused=lambda *inputs: norm_quantize.norm_quantize(*arguments(*inputs)),
         reference=lambda *inputs: norm_quantize.reference(*arguments(*inputs)),
         runs=("RMSNorm", "RMSNorm, atom.reorder, atom.quantize", "atom.norm_quantize"),
@@ -121,7 +121,7 @@ def _silu_mul_cases(setting: Setting, M: int) -> list[Case]:
         (M, K),
         tensors=lambda draw: draw.normal(M, 2 * K).chunk(2, dim=-1),
         baseline=_silu_mul,
-        unfused=_by_inductor(_silu_mul_reorder_quantize),
+        unfused=by_inductor(_silu_mul_reorder_quantize),
         fused=lambda *inputs: gated_quantize.gated_quantize(*arguments(*inputs)),
         reference=lambda *inputs: gated_quantize.reference(*arguments(*inputs)),
         runs=("SiLU * up", "SiLU * up, atom.reorder, atom.quantize", "atom.gated_quantize"),
@@ -194,7 +194,7 @@ def _quantizing_cases(
                 variant="baseline",
                 runs=runs[0],
                 inputs=tensors,
-                function=_by_inductor(baseline),
+                function=by_inductor(baseline),
                 reference=baseline,
                 observe=lambda out, *_: out,
                 limit=SAME_ROUNDING,
@@ -219,6 +219,6 @@ def _silu_mul_reorder_quantize(gate: Tensor, up: Tensor, order: Tensor, *numbers
     return quantize.quantize(reorder(_silu_mul(gate, up), order), *numbers)
 
 
-def _by_inductor(function: Callable[..., Any]) -> Callable[..., Any]:
+def by_inductor(function: Callable[..., Any]) -> Callable[..., Any]:
     # fullgraph: past the limit on recompilations Dynamo raises, and does not run eagerly unseen
     return torch.compile(function, fullgraph=True)

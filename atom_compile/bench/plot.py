@@ -1,4 +1,4 @@
-"""The benchmark's plot: speed-up against the number of tokens, one panel for each operator."""
+"""The benchmark's plot: speed-up against tokens or length, one panel for each operator."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 _COLUMNS = 4
 _STYLE: dict[str, dict[str, Any]] = {
-    "unfused": {"color": "#d97706", "marker": "s", "label": "INT4, plain operators"},
-    "fused": {"color": "#1d4ed8", "marker": "o", "label": "INT4, fused operators"},
+    "unfused": {"color": "#d97706", "marker": "s", "label": "plain operators"},
+    "fused": {"color": "#1d4ed8", "marker": "o", "label": "fused operators"},
 }
 _BASELINE_STYLE = {"color": "#6b7280", "linewidth": 1.0, "linestyle": "--"}
 
@@ -36,20 +36,22 @@ def plot(result: Result, path: Path) -> None:
 
 
 def _draw_panel(axes: Any, result: Result, op: str) -> None:
-    tokens = result.environment["tokens"]
-    has_baseline = "baseline" in result.variants(op, tokens[0])
+    counts = result.counts(op)
+    has_baseline = "baseline" in result.variants(op, counts[0])
+    numbers = "INT4" if result.axis == "tokens" else "KV cache"
     baseline = result.environment["baseline"] if has_baseline else "plain operators"
     axes.axhline(1.0, label=result.environment["baseline"], **_BASELINE_STYLE)
     for variant, style in _STYLE.items():
-        rows = [result.variants(op, M)[variant] for M in tokens]
+        rows = [result.variants(op, M)[variant] for M in counts]
         points = [(row.M, result.speedup(row)) for row in rows]
         points = [(M, speedup) for M, speedup in points if speedup is not None]
+        style = style | {"label": f"{numbers}, {style['label']}"}
         axes.plot(*zip(*points, strict=True) if points else ((), ()), markersize=4, **style)
     axes.set_title(op, fontsize="medium")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(tokens, [str(M) for M in tokens], minor=False)
+    axes.set_xticks(counts, [str(M) for M in counts], minor=False)
     axes.set_ylim(bottom=0.0)
-    axes.set_xlabel("tokens M", fontsize="small")
+    axes.set_xlabel("tokens M" if result.axis == "tokens" else "length", fontsize="small")
     axes.set_ylabel(f"speed-up over {baseline} (x)", fontsize="small")
     axes.tick_params(labelsize="small")
     axes.grid(alpha=0.25)

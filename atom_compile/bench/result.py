@@ -30,16 +30,18 @@ class Row:
     """One case: a time, or a `failure` that says why there is none.
 
     `error`: relative; None if there was nothing to compare or a NaN came out. `bytes`: each input
-    read once, each output written once. `copies`: sets of inputs that the timing rotated through.
+    read once, each output written once. `flops`: 0 where they are not counted. `copies`: sets of
+    inputs that the timing rotated through.
     """
 
     op: str
     variant: str
     runs: str
-    M: int
+    M: int  # tokens; of attention, the cache's length
     N: int | None  # of a linear
     K: int
     bytes: int
+    flops: int
     copies: int
     error: float | None
     error_limit: float
@@ -51,6 +53,10 @@ class Row:
     @property
     def gb_per_s(self) -> float | None:
         return self.bytes / self.median_us / 1e3 if self.median_us else None
+
+    @property
+    def tflop_per_s(self) -> float | None:
+        return self.flops / self.median_us / 1e6 if self.flops and self.median_us else None
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,14 @@ class Result:
     @property
     def ops(self) -> list[str]:
         return list(dict.fromkeys(row.op for row in self.rows))
+
+    @property
+    def axis(self) -> str:
+        """What the rows' M counts."""
+        return "length" if "length" in self.environment else "tokens"
+
+    def counts(self, op: str) -> list[int]:
+        return list(dict.fromkeys(row.M for row in self.rows if row.op == op))
 
     def variants(self, op: str, M: int) -> dict[str, Row]:
         return {row.variant: row for row in self.rows if (row.op, row.M) == (op, M)}
@@ -88,42 +102,62 @@ class Result:
             f"a copy moves {e['copy_gb_per_s']:.0f} GB/s"
         )
 
+    def copy_share(self, row: Row) -> float | None:
+        """Of the bandwidth of a copy, the share that the row's bytes are moved at."""
+        return row.gb_per_s / self.environment["copy_gb_per_s"] if row.gb_per_s else None
+
     def table(self) -> Table:
-        """One line for each operator and number of tokens."""
+        """One line for each operator and number of tokens, or length."""
+        over_cache = self.axis == "length"
+        of_fused = "bytes, their rate against a copy's," if over_cache else "GB/s"
         table = Table(
             box=box.SIMPLE_HEAD,
             title=self.summary(),
-            caption="median ± interquartile range; GB/s and relative error of the fused variant",
+            caption="median ± interquartile range; "
+            f"{of_fused} and relative error of the fused variant",
             pad_edge=False,
             padding=(0, 1, 0, 0),
         )
-        times = f"tokens|{self.environment['baseline']} us|unfused us|x|fused us|x|GB/s|error"
-        for header in ("operator", "N x K"):
+        times = f"{self.axis}|{self.environment['baseline']} us|unfused us|x|fused us|x"
+        for header in ("operator",) if over_cache else ("operator", "N x K"):
             table.add_column(header, no_wrap=True)
+        times += "|MB|copy|TFLOP/s|error" if over_cache else "|GB/s|error"
         for header in times.split("|"):
             table.add_column(header, justify="right", no_wrap=True)
         for op in self.ops:
-            for M in self.environment["tokens"]:
+            for M in self.counts(op):
                 table.add_row(*self._cells(op, M))
             table.add_section()
         return table
 
     def _cells(self, op: str, M: int) -> list[str]:
         variants = self.variants(op, M)
-        first = self.environment["tokens"].index(M) == 0
+        first = self.counts(op)[0] == M
         fused = variants["fused"]
-        size = f"{fused.N} x {fused.K}" if fused.N else str(fused.K)
-        cells = [op if first else "", size if first else "", str(M)]
+        cells = [op if first else ""]
+        if self.axis == "tokens":
+            size = f"{fused.N} x {fused.K}" if fused.N else str(fused.K)
+            cells.append(size if first else "")
+        cells.append(str(M))
         for name in ("baseline", "unfused", "fused"):
             row = variants.get(name)
             cells.append(_time_cell(row))
             if name != "baseline":
                 cells.append(_number(self.speedup(row) if row else None, ".2f"))
-        return [*cells, _number(fused.gb_per_s, ".0f"), _number(fused.error, ".0e")]
+        if self.axis == "tokens":
+            cells.append(_number(fused.gb_per_s, ".0f"))
+        else:
+            cells.append(_number(fused.bytes / 1e6, ".3g"))
+            cells.append(_number(self.copy_share(fused), ".0%"))
+            cells.append(_number(fused.tflop_per_s, ".0f"))
+        return [*cells, _number(fused.error, ".0e")]
 
     def print(self, console: Console) -> None:
-        """The table, and what failed."""
+        """The table, which attention was the baseline, and what failed."""
         console.print(self.table())
+        if self.axis == "length":
+            for runs, rows in self._baselines().items():
+                console.print(f"baseline of {', '.join(rows)}: {runs}", highlight=False)
         by_events = sum(row.timing == "events" for row in self.rows)
         if by_events:
             console.print(
@@ -132,9 +166,26 @@ class Result:
         for failure in self.failures:
             console.print(f"[red]failed[/red] {failure}", highlight=False)
 
+    def _baselines(self) -> dict[str, list[str]]:
+        """What ran, and for which operators and lengths."""
+        rows: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.variant == "baseline":
+                phase, _, batch = row.op.split()
+                named = rows.setdefault(row.runs, [])
+                if (name := f"{phase} {batch} {row.M}") not in named:
+                    named.append(name)
+        return rows
+
     def to_json(self) -> str:
         rows = [
-            asdict(row) | {"gb_per_s": row.gb_per_s, "speedup": self.speedup(row)}
+            asdict(row)
+            | {
+                "gb_per_s": row.gb_per_s,
+                "copy_share": self.copy_share(row),
+                "tflop_per_s": row.tflop_per_s,
+                "speedup": self.speedup(row),
+            }
             for row in self.rows
         ]
         return json.dumps({"environment": self.environment, "rows": rows}, indent=1)

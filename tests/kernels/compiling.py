@@ -15,7 +15,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atom_compile.kernels import gated_quantize, linear, norm_quantize, packing, quantize
+from atom_compile.kernels import (
+    attention,
+    attention_quantize,
+    gated_quantize,
+    kv_cache,
+    linear,
+    norm_quantize,
+    packing,
+    quantize,
+    rope_append,
+)
 from atom_compile.kernels import quantize_rows as rows
 
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
@@ -23,8 +33,10 @@ TYPES = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
 }
 
 
@@ -85,6 +97,58 @@ def main(capability: int) -> None:
             codes, scale = quantize.reference(torch.randn(M, K), *numbers)
             residual = torch.zeros(M, N, dtype=torch.bfloat16)
             linear.launch(codes, scale, *packed, torch.zeros(N), residual, torch.bfloat16)
+        patch.setattr(kv_cache, "append_kernel", Compiled(kv_cache.append_kernel, capability))
+        patch.setattr(kv_cache, "read_kernel", Compiled(kv_cache.read_kernel, capability))
+        for name in ("decode_kernel", "combine_kernel", "dequantize_kernel", "prefill_kernel"):
+            patch.setattr(attention, name, Compiled(getattr(attention, name), capability))
+        fused = Compiled(attention_quantize.combine_quantize_kernel, capability)
+        patch.setattr(attention_quantize, "combine_quantize_kernel", fused)
+        patch.setattr(attention, "_device", lambda device: attention._Device(132, 99 * 1024))
+        compile_attention(D=128, bits=4, groups=1, tokens=1, plain=True)
+        compile_attention(D=80, bits=8, groups=1, tokens=4, plain=True)
+        compile_attention(D=80, bits=4, groups=5, tokens=1, plain=False)
+        compile_attention(D=128, bits=4, groups=1, tokens=100, plain=True)
+        compile_attention(D=256, bits=4, groups=2, tokens=100, plain=False)
+        compile_cache(bits=4, groups=1, tokens=1, rope=None)
+        compile_cache(bits=8, groups=5, tokens=40, rope=torch.zeros(64, 80))
+
+
+def compile_attention(D: int, bits: int, groups: int, tokens: int, plain: bool) -> None:
+    num_kv_heads, slots = 2, 4096
+    query = torch.zeros(1, 8, tokens, D, dtype=torch.bfloat16)
+    codes = torch.zeros(1, num_kv_heads, slots, D * bits // 8, dtype=torch.uint8)
+    scale = torch.zeros(1, num_kv_heads, slots, groups, 2, dtype=torch.float16)
+    recent = None if plain else torch.zeros(1, num_kv_heads, 8, D, dtype=torch.bfloat16)
+    rope = None if plain else torch.zeros(64, 16)
+    length = torch.zeros(1, dtype=torch.int64)
+    cache = (codes, scale, codes, scale, recent, recent, rope, length)
+    mask = None if plain else torch.zeros(1, 1, tokens, slots, dtype=torch.bfloat16)
+    numbers = (bits, 0, 0.1, 0.0) if plain else (bits, 9, 0.1, 30.0)
+    arguments = (query, *cache, torch.zeros(tokens, dtype=torch.int64), mask, *numbers)
+    if bits == 8:
+        order = torch.zeros(8 * D, dtype=torch.int32)
+        attention_quantize.launch(*arguments, order, 4, 128, 128, 0.9)
+    else:
+        attention.launch(*arguments)
+
+
+def compile_cache(bits: int, groups: int, tokens: int, rope: Tensor | None) -> None:
+    batch, num_kv_heads, slots, D = 2, 2, 64, 80
+    query = torch.zeros(batch, 4, tokens, D, dtype=torch.bfloat16)
+    key = query[:, :num_kv_heads]
+    cos = torch.zeros(1, tokens, D)
+    codes = torch.zeros(batch, num_kv_heads, slots, D * bits // 8, dtype=torch.uint8)
+    scale = torch.zeros(batch, num_kv_heads, slots, groups, 2, dtype=torch.float16)
+    recent = None if rope is None else torch.zeros_like(key[:, :, :1])
+    length = torch.zeros(batch, dtype=torch.int64)
+    cache = (codes, scale, codes, scale, recent, recent, rope, length)
+    kv_cache.launch_append(key, key, *cache, bits)
+    rope_append.launch(query, key, key, cos, cos, *cache, bits)
+    kv_cache.launch_read(codes, scale, recent, rope, length, batch, slots, bits, key.dtype)
+    values = torch.zeros(batch, num_kv_heads, slots, D, dtype=torch.bfloat16)
+    as_values = (values, None, values, None, None, None, rope, length)
+    rope_append.launch(query, key, key, cos, cos, *as_values, 16)
+    kv_cache.launch_read(values, None, None, rope, length, batch, slots, 16, key.dtype)
 
 
 if __name__ == "__main__":
