@@ -170,9 +170,8 @@ class Own(nn.Module):
         batch, tokens, _ = stream.shape
         q, k, v = self.mixing(stream).view(batch, tokens, 2, 192).split((96, 48, 48), dim=-1)
         q = q.reshape(batch, tokens, 4, 48).transpose(1, 2)
-        start = cache.get_seq_length()
+        last = torch.arange(tokens) + cache.get_seq_length()
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), 0)
-        last = torch.arange(tokens) + start
         hidden = torch.arange(keys.shape[2])[None, :] > last[:, None]
         keys = keys.repeat_interleave(2, dim=1)
         values = values.repeat_interleave(2, dim=1)
@@ -196,19 +195,19 @@ def test_a_model_of_ones_own(spelling: str) -> None:
     model, x = Own(spelling).eval(), torch.randn(2, 5, 256)
     wanted = model(x, KVCache(config, 2, 16))
     cache = KVCache(config, 2, 16)
-    (run,) = rewrites(lambda x: model(x, cache), x, scheme="w4a8")
+    (run,) = rewrites(lambda x: model(x, cache), x, skip=["*"], allow_unchanged=True)
     if spelling == "einsum":
         assert counts(run) == {"kv_append": 1, "kv_read": 2, "softmax": 1}
         assert any("not recognised" in one[0] for one in run.record.remarks.values())
     else:
-        assert counts(run) == {"kv_append": 1, "attention_quantize": 1}
+        assert counts(run) == {"kv_append": 1, "attention": 1}
         assert "visible: causal" in run.record.remarks[run.attentions[0].name][0]
     cache.reset()
     inputs = bind_inputs(run)
     arguments = arguments_of(lambda x: model(x, cache), x)
     cache.reset()
     results: Any = Dispatcher(run.gm.forward, run.arguments, inputs)(*arguments)
-    assert relative_error(results[0], wanted) < 0.2
+    assert relative_error(results[0], wanted) < 1e-5
 
 
 def test_masks() -> None:
