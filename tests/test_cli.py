@@ -26,7 +26,7 @@ def run(*arguments: object) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("explain", ["--scheme", "--recipe", "--tokens", "--stage", "--out"]),
+        ("explain", ["--scheme", "--recipe", "--tokens", "--kv-cache", "--stage", "--out"]),
         ("calibrate", ["--text", "--out", "--scheme", "--windows", "--length"]),
         ("bench", ["--model", "--tokens", "--scheme", "--level", "--device", "--out", "--quick"]),
         ("bench", ["--batch", "--length"]),
@@ -112,10 +112,12 @@ def test_bench_exits_with_1_if_a_check_fails(
 
 
 def test_explain_prints_the_report_and_writes_it(tmp_path: Path) -> None:
-    status, output = run("explain", MODEL, "--tokens", 8, "--out", tmp_path / "new" / "report.json")
+    out = tmp_path / "new" / "report.json"
+    status, output = run("explain", MODEL, "--tokens", 8, "--kv-cache", "kv4", "--out", out)
     assert status == 0, output
+    assert "KV cache: 576 bytes per token" in output
     assert "28 of 29 linears rewritten" in output
-    report = json.loads((tmp_path / "new" / "report.json").read_text())
+    report = json.loads(out.read_text())
     assert report["operators"]["atom.linear"] == 16
 
 
@@ -133,6 +135,7 @@ def test_explain_prints_a_stage_and_draws_it(tmp_path: Path) -> None:
     [
         (["--stage", "verifi"], "unknown stage 'verifi'; did you mean 'verify'"),
         (["--scheme", "w4"], "unknown scheme 'w4'"),
+        (["--kv-cache", "kv5"], "unknown KV scheme 'kv5'"),
         (["--recipe", "nowhere.safetensors"], "nowhere.safetensors is no file"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import atom_compile
-from atom_compile import AtomError, Report
+from atom_compile import AtomError, KVCache, Report
 
 from .capturing import token_batch
 from .models import tiny_llama
@@ -86,3 +86,21 @@ def test_errors_are_typed_and_nothing_stays_compiled() -> None:
         atom_compile.explain(nn.Identity().eval(), torch.ones(2))
     wanted = model(token_batch()).logits
     torch.testing.assert_close(model(token_batch()).logits, wanted, rtol=0, atol=0)
+
+
+def test_attentions_and_their_caches() -> None:
+    model = tiny_llama()
+    report = atom_compile.explain(
+        model, token_batch(), past_key_values=KVCache(model.config, 2, 32, device="cpu")
+    )
+    for layer, attention in enumerate(report.attentions):
+        assert attention.name == f"model.layers.{layer}.self_attn"
+        assert (attention.heads, attention.cache) == ((4, 2, 64), "kv4")
+        assert attention.operator == "atom.attention_quantize"
+    assert report.cache_bytes_per_token == 2 * 2 * 2 * (32 + 4)  # layers, K and V, heads
+    assert report.to_dict()["cache_bytes_per_token"] == report.cache_bytes_per_token
+    text = str(report)
+    assert "model.layers.*.self_attn (2)" in text and "KV cache: 288 bytes per token" in text
+    without = atom_compile.explain(model, token_batch(), use_cache=False)
+    assert [one.cache for one in without.attentions] == ["no cache"] * 2
+    assert without.cache_bytes_per_token == 0 and "left to PyTorch" in str(without)
