@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from . import kv_cache
+from .attention_decode import MOST_ROWS, DecodeTiling, Partial, launch_combine, launch_decode
+from .attention_prefill import PrefillTiling, launch_prefill
+from .attention_tiles import Arguments
 from .kv_cache import CACHE
 from .library import define
 
@@ -74,7 +77,7 @@ def reference(
     weights = weights / torch.where(total == 0, 1.0, total)
     grouped = weights.unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
     output = torch.einsum("bhgqs,bhsd->bqhgd", grouped, value)
-    return output.flatten(2, 3).to(query.dtype).transpose(1, 2)
+    return output.flatten(2, 3).to(query.dtype).contiguous().transpose(1, 2)
 
 
 def _positions_held(length: Tensor, slots: int) -> Tensor:
@@ -115,10 +118,75 @@ def fake(
     return query.new_empty(B, Q, num_heads, D).transpose(1, 2)
 
 
+def is_decode(query: Tensor, key_codes: Tensor) -> bool:
+    """Whether the positions are split among programs, or the query's rows alone."""
+    _, num_heads, Q, _ = query.shape
+    return Q == 1 or Q * (num_heads // key_codes.shape[1]) <= MOST_ROWS
+
+
+def launch(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor | None,
+    key_recent: Tensor | None,
+    value_recent: Tensor | None,
+    rope: Tensor | None,
+    length: Tensor,
+    position: Tensor | None,
+    mask: Tensor | None,
+    bits: int,
+    window: int,
+    scale: float,
+    softcap: float,
+    tiling: DecodeTiling | PrefillTiling | None = None,
+) -> Tensor:
+    """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
+    cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
+    out, partial = launch_partial(
+        query, *cache, position, mask, bits, window, scale, softcap, tiling
+    )
+    if partial is not None:
+        launch_combine(partial, out)
+    return out.transpose(1, 2)
+
+
+def launch_partial(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor | None,
+    key_recent: Tensor | None,
+    value_recent: Tensor | None,
+    rope: Tensor | None,
+    length: Tensor,
+    position: Tensor | None,
+    mask: Tensor | None,
+    bits: int,
+    window: int,
+    scale: float,
+    softcap: float,
+    tiling: DecodeTiling | PrefillTiling | None,
+) -> tuple[Tensor, Partial | None]:
+    """(B, Q, num_heads, D), and what it is to be filled from if it is not filled yet."""
+    cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
+    arguments = Arguments(query, *cache, position, mask, bits, window, scale, softcap)
+    B, num_heads, Q, D = query.shape
+    out = query.new_empty(B, Q, num_heads, D)
+    if out.numel() == 0:
+        return out, None
+    if isinstance(tiling, DecodeTiling) or (tiling is None and is_decode(query, key_codes)):
+        return out, launch_decode(arguments.contiguous(), out, tiling)
+    launch_prefill(arguments.contiguous(), out, tiling)
+    return out, None
+
+
 attention = define(
     f"attention(Tensor query, {CACHE}, Tensor? position, Tensor? mask, int bits, int window, "
     "float scale, float softcap) -> Tensor",
     reference,
     fake,
-    reference,
+    launch,
 )

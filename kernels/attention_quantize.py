@@ -1,15 +1,29 @@
-"""`atom::attention_quantize`: attention, reorder and quantize, for the o_proj that reads it.
+"""`atom::attention_quantize`: attention, then reorder and quantize for the linear that reads it.
 
-codes, scale = quantize(attention(query, ...)[order])      heads side by side: K = num_heads * D
+    attended = attention(query, cache, ...)             (B, Q, num_heads * D), rounded to its dtype
+    codes, scale = quantize(reorder(attended, order))
+
+Where several programs share a sequence, the one that adds up their sums quantizes the token too.
+Formulas and layouts: attention.py, quantize.py.
 """
 
 from __future__ import annotations
 
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
-from . import attention, quantize
+from . import attention, quantize, quantize_rows
+from .attention_decode import DecodeTiling, combine_rows, launch_combine
+from .attention_prefill import PrefillTiling
+from .attention_tiles import device_of
 from .kv_cache import CACHE
 from .library import define
+from .packing import OUTLIER_BITS, GroupLayout
+from .quantize import NUMBERS
+from .quantize_rows import _quantize
 
 
 def reference(
@@ -34,26 +48,219 @@ def reference(
     outlier_channels: int,
     clip: float,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments as `attention`'s and `reorder_quantize`'s; the codes are (B, Q, padded_width)."""
+    """Arguments as in attention.py -> codes (B, Q, padded_width) int8, scale (num_scales, B, Q)."""
     cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
-    numbers = kv_bits, window, attention_scale, softcap
-    x = attention.reference(query, *cache, position, mask, *numbers).transpose(1, 2).flatten(2)
-    if order is not None:
-        x = x.index_select(-1, order)
-    return quantize.reference(x, bits, group_size, outlier_channels, clip)
+    attended = attention.reference(
+        query, *cache, position, mask, kv_bits, window, attention_scale, softcap
+    )
+    numbers = (bits, group_size, outlier_channels, clip)
+    x = attended.transpose(1, 2).flatten(2)
+    if order is None:
+        return quantize.reference(x, *numbers)
+    return quantize.reorder_reference(x, order, *numbers)
 
 
-def fake(query: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+def fake(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor | None,
+    key_recent: Tensor | None,
+    value_recent: Tensor | None,
+    rope: Tensor | None,
+    length: Tensor,
+    position: Tensor | None,
+    mask: Tensor | None,
+    kv_bits: int,
+    window: int,
+    attention_scale: float,
+    softcap: float,
+    order: Tensor | None,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
     B, num_heads, Q, D = query.shape
-    numbers = arguments[-4:]
-    return quantize.fake(query.new_empty(B, Q, num_heads * D), *numbers)  # type: ignore[arg-type]
+    x = query.new_empty(B, Q, num_heads * D)
+    return quantize.fake(x, bits, group_size, outlier_channels, clip)
+
+
+@triton.jit
+def combine_quantize_kernel(
+    partial_ptr,
+    sums_ptr,
+    order_ptr,
+    codes_ptr,
+    scale_ptr,
+    M,
+    splits,
+    clip_over_largest,
+    outlier_clip_over_largest,
+    NUM_HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    OUTLIER_BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+    OUTLIER_LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    RESULT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One token: the sums of all its heads, then what `quantize_rows_kernel` does with a row."""
+    if OVERLAP:
+        gdc_wait()
+    K: tl.constexpr = NUM_HEADS * HEAD_DIM
+    m = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS_BLOCK)
+    sums = combine_rows(
+        partial_ptr,
+        sums_ptr,
+        m * NUM_HEADS + head,
+        head < NUM_HEADS,
+        tl.cast(M, tl.int64) * NUM_HEADS,
+        splits,
+        HEAD_DIM,
+        HEAD_BLOCK,
+        SPLITS,
+        AHEAD,
+    )
+    row = tl.reshape(sums.to(RESULT), (HEADS_BLOCK * HEAD_BLOCK,))
+
+    position = tl.arange(0, BLOCK)
+    channel = position
+    if HAS_ORDER:
+        channel = tl.load(order_ptr + position, mask=position < K, other=0).to(tl.int32)
+    y = _gather(row, channel, position < K - OUTLIERS, HEAD_DIM, HEAD_BLOCK)
+    codes, scale = _quantize(
+        tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)), clip_over_largest, LARGEST, AXIS=1
+    )
+    codes_row = codes_ptr + m * (NUM_GROUPS * GROUP_SIZE + OUTLIERS)
+    tl.store(
+        codes_row + position, tl.reshape(codes, (BLOCK,)), mask=position < NUM_GROUPS * GROUP_SIZE
+    )
+    group = tl.arange(0, BLOCK // GROUP_SIZE)
+    tl.store(scale_ptr + group.to(tl.int64) * M + m, scale, mask=group < NUM_GROUPS)
+    if OUTLIERS > 0:
+        lane = tl.arange(0, OUTLIER_BLOCK)
+        live_lane = lane < OUTLIERS
+        channel = tl.where(live_lane, K - OUTLIERS + lane, 0)
+        if HAS_ORDER:
+            channel = tl.load(order_ptr + channel).to(tl.int32)
+        y = _gather(row, channel, live_lane, HEAD_DIM, HEAD_BLOCK)
+        codes, scale = _quantize(y, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0)
+        tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, codes, mask=live_lane)
+        tl.store(scale_ptr + tl.cast(NUM_GROUPS, tl.int64) * M + m, scale)
+
+
+@triton.jit
+def _gather(row, channel, live, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr):
+    """Channels of heads that lie HEAD_BLOCK apart, in float32; 0 where not live."""
+    at = channel // HEAD_DIM * HEAD_BLOCK + channel % HEAD_DIM
+    return tl.where(live, tl.gather(row, tl.where(live, at, 0), axis=0).to(tl.float32), 0.0)
+
+
+_MOST_FUSED = 2**14
+"""Partial sums of a token that one program adds up and quantizes as fast as two kernels do.
+
+Measured on an H100 with 4096 channels: 105 instead of 107 us with 2 splits, the same with 4, and
+16 instead of 15 us with 8.
+"""
+
+
+def launch(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor | None,
+    key_recent: Tensor | None,
+    value_recent: Tensor | None,
+    rope: Tensor | None,
+    length: Tensor,
+    position: Tensor | None,
+    mask: Tensor | None,
+    kv_bits: int,
+    window: int,
+    attention_scale: float,
+    softcap: float,
+    order: Tensor | None,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+    tiling: DecodeTiling | PrefillTiling | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
+    cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
+    attended, partial = attention.launch_partial(
+        query, *cache, position, mask, kv_bits, window, attention_scale, softcap, tiling
+    )
+    B, Q, num_heads, D = attended.shape
+    if partial is not None and partial.sums.shape[0] * num_heads * D > _MOST_FUSED:
+        launch_combine(partial, attended)
+        partial = None
+    if partial is None:
+        return quantize_rows.launch(
+            attended.flatten(2),
+            order,
+            bits=bits,
+            group_size=group_size,
+            outlier_channels=outlier_channels,
+            clip=clip,
+        )
+    layout = GroupLayout(num_heads * D, group_size, outlier_channels)
+    codes = query.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
+    scale = query.new_empty(layout.num_scales, B, Q, dtype=torch.float32)
+    splits = partial.sums.shape[0]
+    heads_block, head_block = (triton.next_power_of_2(size) for size in (num_heads, D))
+    largest, outlier_largest = 2 ** (bits - 1) - 1, 2 ** (OUTLIER_BITS - 1) - 1
+    combine_quantize_kernel[(B * Q,)](
+        partial.sums,
+        partial.scales,
+        codes if order is None else order,
+        codes,
+        scale,
+        B * Q,
+        splits,
+        clip / largest,
+        1.0 / outlier_largest,
+        NUM_HEADS=num_heads,
+        HEADS_BLOCK=heads_block,
+        HEAD_DIM=D,
+        HEAD_BLOCK=head_block,
+        SPLITS=triton.next_power_of_2(splits),
+        AHEAD=min(triton.next_power_of_2(splits), 4),
+        NUM_GROUPS=layout.num_groups,
+        GROUP_SIZE=group_size,
+        OUTLIERS=outlier_channels,
+        OUTLIER_BLOCK=triton.next_power_of_2(max(outlier_channels, 1)),
+        LARGEST=largest,
+        OUTLIER_LARGEST=outlier_largest,
+        BLOCK=max(group_size, triton.next_power_of_2(layout.width)),
+        HAS_ORDER=order is not None,
+        RESULT=quantize_rows._TRITON_DTYPES[query.dtype],
+        OVERLAP=device_of(codes).overlaps,
+        launch_pdl=device_of(codes).overlaps,
+        num_warps=min(max(4, heads_block * head_block // 512), 16),
+        enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
+    )
+    return codes, scale
 
 
 attention_quantize = define(
     f"attention_quantize(Tensor query, {CACHE}, Tensor? position, Tensor? mask, int kv_bits, "
     "int window, float attention_scale, float softcap, Tensor? order, "
-    f"{quantize.NUMBERS}) -> (Tensor, Tensor)",
+    f"{NUMBERS}) -> (Tensor, Tensor)",
     reference,
     fake,
-    reference,
+    launch,
 )

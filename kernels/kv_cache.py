@@ -38,7 +38,7 @@ from torch import Tensor
 from .library import define
 
 _LEAST_SCALE = 2.0**-24  # float16's smallest
-_LARGEST = 65504.0  # float16's largest
+_LARGEST = 30000.0  # what is larger saturates: float16 holds all values, and code * scale
 
 
 def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -49,8 +49,8 @@ def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
     grouped = x.float().unflatten(-1, (groups, -1))
     low, high = grouped.amin(-1), grouped.amax(-1)
     minimum = low.clamp(-_LARGEST, _LARGEST).half()
-    scale = (high - minimum.float()) * (1.0 / (2**bits - 1))
-    scale = scale.clamp(_LEAST_SCALE, _LARGEST).half()
+    scale = (high.clamp(-_LARGEST, _LARGEST) - minimum.float()) * (1.0 / (2**bits - 1))
+    scale = scale.clamp(min=_LEAST_SCALE).half()
     scale = torch.where((low - low == 0) & (high - high == 0), scale, torch.nan)
     inverse = (1.0 / scale.float())[..., None]
     codes = ((grouped - minimum.float()[..., None]) * inverse).round()
@@ -185,7 +185,7 @@ def append_fake(*_: object) -> None:
 
 
 _SMALLEST_SCALE = tl.constexpr(_LEAST_SCALE)
-_LARGEST_HALF = tl.constexpr(_LARGEST)
+_SATURATED = tl.constexpr(_LARGEST)
 # 1.5 * 2^23: adding and taking it away rounds a small float32 to the nearest even integer
 _ROUNDER = tl.constexpr(12582912.0)
 _INFINITY = tl.constexpr(float("inf"))
@@ -290,10 +290,10 @@ def _quantize_and_store(
         nans = (in_first & (first != first)).to(tl.int32)
         nans += (in_second & (second != second)).to(tl.int32)
         has_nan = tl.sum(nans, axis=1) > 0  # tl.min and tl.max drop NaNs
-        minimum = tl.minimum(tl.maximum(low, -_LARGEST_HALF), _LARGEST_HALF)
+        minimum = tl.minimum(tl.maximum(low, -_SATURATED), _SATURATED)
         minimum = tl.where(has_nan, float("nan"), minimum).to(tl.float16)
-        scale = (high - minimum.to(tl.float32)) * (1.0 / LARGEST)
-        scale = tl.minimum(tl.maximum(scale, _SMALLEST_SCALE), _LARGEST_HALF)
+        top = tl.minimum(tl.maximum(high, -_SATURATED), _SATURATED)
+        scale = tl.maximum((top - minimum.to(tl.float32)) * (1.0 / LARGEST), _SMALLEST_SCALE)
         finite = (tl.abs(low) < _INFINITY) & (tl.abs(high) < _INFINITY) & (has_nan == 0)
         scale = tl.where(finite, scale, float("nan")).to(tl.float16)
         inverse = tl.div_rn(1.0, scale.to(tl.float32))

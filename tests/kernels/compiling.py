@@ -17,6 +17,8 @@ from triton.compiler import ASTSource
 
 from atom_compile.kernels import (
     attention,
+    attention_decode,
+    attention_prefill,
     attention_quantize,
     gated_quantize,
     kv_cache,
@@ -27,8 +29,9 @@ from atom_compile.kernels import (
     rope_append,
 )
 from atom_compile.kernels import quantize_rows as rows
+from atom_compile.kernels.attention_tiles import Device
 
-OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
+OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "launch_pdl"}
 TYPES = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
@@ -99,11 +102,17 @@ def main(capability: int) -> None:
             linear.launch(codes, scale, *packed, torch.zeros(N), residual, torch.bfloat16)
         patch.setattr(kv_cache, "append_kernel", Compiled(kv_cache.append_kernel, capability))
         patch.setattr(kv_cache, "read_kernel", Compiled(kv_cache.read_kernel, capability))
-        for name in ("decode_kernel", "combine_kernel", "dequantize_kernel", "prefill_kernel"):
-            patch.setattr(attention, name, Compiled(getattr(attention, name), capability))
+        for module, name in (
+            (attention_decode, "decode_kernel"),
+            (attention_decode, "combine_kernel"),
+            (attention_prefill, "prefill_kernel"),
+        ):
+            patch.setattr(module, name, Compiled(getattr(module, name), capability))
         fused = Compiled(attention_quantize.combine_quantize_kernel, capability)
         patch.setattr(attention_quantize, "combine_quantize_kernel", fused)
-        patch.setattr(attention, "_device", lambda device: attention._Device(132, 99 * 1024))
+        device = Device(132, overlaps=capability >= 90)
+        for reader in (attention_decode, attention_quantize):
+            patch.setattr(reader, "device_of", lambda tensor: device)
         compile_attention(D=128, bits=4, groups=1, tokens=1, plain=True)
         compile_attention(D=80, bits=8, groups=1, tokens=4, plain=True)
         compile_attention(D=80, bits=4, groups=5, tokens=1, plain=False)
