@@ -8,8 +8,9 @@
 decode: one new token of each sequence, `length` cached. prefill: `length` tokens of one sequence.
 append: one new token of each sequence, and `length` tokens of one sequence.
 
-SDPA is `scaled_dot_product_attention` by whichever of its backends is fastest on those sizes; RoPE
-and index_copy_ are compiled by Inductor. On a CPU our operators run as their references.
+SDPA is `scaled_dot_product_attention`: in decode by whichever of its backends is fastest on those
+sizes, in prefill by FlashAttention, with the times of the others in a note. RoPE and index_copy_
+are compiled by Inductor. On a CPU our operators run as their references.
 """
 
 from __future__ import annotations
@@ -108,8 +109,13 @@ def _attention_cases(setting: Setting, plan: Plan) -> Iterator[Case]:
     batch, bits, length = plan.batch, plan.bits, plan.length
     shape, device, dtype = setting.shape, setting.device, setting.dtype
     causal = plan.tokens > 1
-    backend = _fastest_sdpa(setting, batch, plan.tokens, length)
+    times = _sdpa_times(setting, batch, plan.tokens, length)
+    backend = min(times, key=lambda one: times[one])
+    if causal and SDPBackend.FLASH_ATTENTION in times:
+        backend = SDPBackend.FLASH_ATTENTION
     sdpa = f"scaled_dot_product_attention by {backend.name.lower()}"
+    others = [f"{one.name.lower()} {us:.0f} us" for one, us in times.items() if one != backend]
+    note = f" (hot inputs: {', '.join(others)})" if others else ""
     sequences = torch.tensor(sorted({0, batch - 1}), device=device)
     checked = _spread(plan.tokens, device)
     factor = shape.head_dim**-0.5
@@ -155,7 +161,7 @@ def _attention_cases(setting: Setting, plan: Plan) -> Iterator[Case]:
         flops=flops if causal else 0,
     )
     variants = (
-        ("baseline", sdpa, baseline, 16),
+        ("baseline", sdpa + note, baseline, 16),
         ("unfused", f"atom.kv_read twice, {sdpa}", unfused, bits),
         ("fused", "atom.attention", fused, bits),
     )
@@ -318,8 +324,10 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend, causal
 
 
 @functools.cache
-def _fastest_sdpa(setting: Setting, batch: int, tokens: int, length: int) -> SDPBackend:
-    draw, times = setting.draw(0), {}
+def _sdpa_times(setting: Setting, batch: int, tokens: int, length: int) -> dict[SDPBackend, float]:
+    """Microseconds by each backend that takes these sizes, on inputs that are read again."""
+    draw = setting.draw(0)
+    times: dict[SDPBackend, float] = {}
     query = _query(draw, setting, batch, tokens)
     cache = _filled_cache(draw, setting, batch, length, bits=16)
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
@@ -334,4 +342,4 @@ def _fastest_sdpa(setting: Setting, batch: int, tokens: int, length: int) -> SDP
                 times[backend] = measure([call], setting.device, 0.01).median_us
         except RuntimeError:  # no kernel of this backend takes these tensors
             continue
-    return min(times, key=lambda backend: times[backend]) if times else SDPBackend.MATH
+    return times or {SDPBackend.MATH: 0.0}
