@@ -56,7 +56,8 @@ class KVCache(Cache):  # type: ignore[misc]
             )
         self.scheme = KVScheme.of(scheme)
         config = config.get_text_config(decoder=True)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.empty(0, device=device).device  # with its index
         dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None)

@@ -48,7 +48,7 @@ def quantize(x: Tensor, bits: int, groups: int) -> tuple[Tensor, Tensor]:
     """
     grouped = x.float().unflatten(-1, (groups, -1))
     low, high = grouped.amin(-1), grouped.amax(-1)
-    minimum = low.clamp(-_LARGEST, _LARGEST).half()
+    minimum = low.clamp(-_LARGEST, _LARGEST).half() + 0.0  # no -0, which devices find differently
     scale = (high.clamp(-_LARGEST, _LARGEST) - minimum.float()) * (1.0 / (2**bits - 1))
     scale = scale.clamp(min=_LEAST_SCALE).half()
     scale = torch.where((low - low == 0) & (high - high == 0), scale, torch.nan)
@@ -291,7 +291,7 @@ def _quantize_and_store(
         nans += (in_second & (second != second)).to(tl.int32)
         has_nan = tl.sum(nans, axis=1) > 0  # tl.min and tl.max drop NaNs
         minimum = tl.minimum(tl.maximum(low, -_SATURATED), _SATURATED)
-        minimum = tl.where(has_nan, float("nan"), minimum).to(tl.float16)
+        minimum = tl.where(has_nan, float("nan"), minimum + 0.0).to(tl.float16)
         top = tl.minimum(tl.maximum(high, -_SATURATED), _SATURATED)
         scale = tl.maximum((top - minimum.to(tl.float32)) * (1.0 / LARGEST), _SMALLEST_SCALE)
         finite = (tl.abs(low) < _INFINITY) & (tl.abs(high) < _INFINITY) & (has_nan == 0)

@@ -70,7 +70,9 @@ def _cache(key: Node) -> str:
 
 def _bytes_per_token(*reads: Node) -> float:
     held = [value(tensor) for read in reads for tensor in _storage(read)]
-    return float(sum(fake.nbytes / (fake.shape[0] * fake.shape[2]) for fake in held))
+    return float(
+        sum(fake.shape[1] * math.prod(fake.shape[3:]) * fake.element_size() for fake in held)
+    )
 
 
 def _storage(read: Node) -> list[Node]:

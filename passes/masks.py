@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -148,7 +149,7 @@ def _match_window(term: Node) -> tuple[Node, int] | None:
 
 def _counts_keys(node: Any) -> bool:
     """0, 1, 2, ... along the last dimension, and one long in all others."""
-    if not is_tensor(node) or value(node).numel() != value(node).shape[-1]:
+    if not is_tensor(node) or _size(node) != value(node).shape[-1]:
         return False
     numbers = _vector(node)
     while is_call(numbers, operator.add, torch.add) and numbers.args[1] == 0:
@@ -165,12 +166,17 @@ def _along_queries(node: Any) -> Node | None:
     """Positions that change along the last dimension but one alone -> the vector of them."""
     if not is_tensor(node) or value(node).dim() < 2:
         return None
-    if value(node).numel() != value(node).shape[-2]:
+    if _size(node) != value(node).shape[-2]:
         return None
     vector = _vector(node)
     if vector is None or value(vector).shape[0] != value(node).shape[-2]:
         return None
     return vector if value(vector).dtype == torch.int64 else None
+
+
+def _size(node: Node) -> Any:
+    """The number of elements, a symbol where a shape is one."""
+    return math.prod(value(node).shape)
 
 
 def _vector(node: Any) -> Any:
@@ -183,7 +189,7 @@ def _vector(node: Any) -> Any:
             one is None or one == slice(None) for one in index
         ):
             return None
-        if value(node.args[0]).numel() != value(node).numel():
+        if _size(node.args[0]) != _size(node):
             return None
         node = node.args[0]
     return node if is_tensor(node) else None

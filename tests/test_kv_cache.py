@@ -114,6 +114,18 @@ def test_no_recompilation_as_the_sequence_grows(graphs_run_eagerly: list[Any]) -
     assert len(graphs_run_eagerly) == 2
 
 
+@torch.no_grad()
+def test_prompts_of_changing_lengths(model: Any, graphs_run_eagerly: list[Any]) -> None:
+    """From the second length on the number of tokens is a symbol in the graph."""
+    ids = token_batch(2, 26)
+    wanted = model(ids).logits
+    model.compile(backend="atom", options=UNQUANTIZED)
+    cache = KVCache(model.config, 2, 32, "kv16")
+    got = [model(piece, past_key_values=cache).logits for piece in ids.split((5, 7, 11, 3), dim=1)]
+    assert (torch.cat(got, dim=1) - wanted).abs().max() < 1e-4
+    assert len(graphs_run_eagerly) == 2
+
+
 def test_bytes() -> None:
     config = transformers.LlamaConfig(**NUMBERS | {"head_dim": 128})
     caches = {name: KVCache(config, 2, 64, name, dtype=torch.bfloat16) for name in PRESETS}
