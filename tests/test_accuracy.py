@@ -115,4 +115,17 @@ def test_kv_cache(
     }
     ratios = {scheme: one / got["kv16"] for scheme, one in got.items()}
     print(ratios)
-    assert ratios["kv8"] <= 1.004 and 1.0 < ratios["kv4"] <= 1.045
+    # any noise as small as that of 8 bits moves this figure by up to 0.3 %, either way
+    assert 0.995 < ratios["kv8"] <= 1.004 and 1.0 < ratios["kv4"] <= 1.045
+
+
+def test_greedy_text_with_a_16_bit_cache() -> None:
+    model = load(outliers=False)
+    prompt = shared_windows("validation")[0][:1, :40]
+    arguments = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    wanted = model.generate(prompt, **arguments)
+    cache = KVCache(model.config, 1, 128, "kv16", dtype=model.dtype)
+    assert torch.equal(model.generate(prompt, past_key_values=cache, **arguments), wanted)
+    cache.reset()
+    model.compile(backend="atom", options={"skip": ["*"], "allow_unchanged": True})
+    assert torch.equal(model.generate(prompt, past_key_values=cache, **arguments), wanted)
