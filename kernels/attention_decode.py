@@ -529,11 +529,9 @@ def launch_decode(a: Arguments, out: Tensor, tiling: DecodeTiling | None) -> Par
     """Fills `out` (B, Q, num_heads, D), or if several programs share a sequence a Partial."""
     B, num_heads, Q, D = a.query.shape
     num_kv_heads, slots = a.key_codes.shape[1:3]
-    key_groups = 0 if a.key_scale is None else a.key_scale.shape[-2]
-    value_groups = 0 if a.value_scale is None else a.value_scale.shape[-2]
     in_a_word = 16 // a.bits  # codes
-    key_parts = in_a_word if key_groups == 1 and a.rope is None and D % in_a_word == 0 else 1
-    value_parts = in_a_word if value_groups == 1 and D % in_a_word == 0 else 1
+    key_parts = in_a_word if a.key_groups == 1 and a.rope is None and D % in_a_word == 0 else 1
+    value_parts = in_a_word if a.value_groups == 1 and D % in_a_word == 0 else 1
     rows = min(max(8, triton.next_power_of_2(Q * a.heads)), MOST_ROWS)
     planes = B * num_kv_heads * triton.cdiv(Q * a.heads, rows)
     plain = min(key_parts, value_parts) > 1
@@ -545,42 +543,18 @@ def launch_decode(a: Arguments, out: Tensor, tiling: DecodeTiling | None) -> Par
     if tiling.splits > 1:
         sums = out.new_empty(tiling.splits, B, Q, num_heads, D, dtype=torch.float32)
         partial = Partial(sums, out.new_empty(tiling.splits, 2, B, Q, num_heads, dtype=sums.dtype))
-    absent = out  # a pointer that the kernel does not read
     decode_kernel[(tiling.splits, planes // B, B)](
-        a.query,
-        a.key_codes,
-        absent if a.key_scale is None else a.key_scale,
-        a.value_codes,
-        absent if a.value_scale is None else a.value_scale,
-        absent if a.key_recent is None else a.key_recent,
-        absent if a.value_recent is None else a.value_recent,
-        absent if a.rope is None else a.rope,
-        a.length,
-        absent if a.position is None else a.position,
-        absent if a.mask is None else a.mask,
+        *a.pointers(out),
         out,
-        absent if partial is None else partial.sums,
-        absent if partial is None else partial.scales,
-        Q,
-        num_kv_heads,
-        slots,
-        0 if a.key_recent is None else a.key_recent.shape[2],
-        0 if a.rope is None else a.rope.shape[0],
-        0 if a.mask is None else a.mask.shape[-1],
-        a.window,
+        out if partial is None else partial.sums,
+        out if partial is None else partial.scales,
+        *a.sizes(),
         *a.strides(),
         *a.scores(),
-        HEAD_DIM=D,
-        HEADS=a.heads,
-        BITS=a.bits,
-        KEY_GROUPS=key_groups,
-        VALUE_GROUPS=value_groups,
         KEY_PARTS=key_parts,
         VALUE_PARTS=value_parts,
         KEY_COLUMNS=max(16, triton.next_power_of_2(D // key_parts)),
         VALUE_COLUMNS=max(16, triton.next_power_of_2(D // value_parts)),
-        ROTATED=0 if a.rope is None else a.rope.shape[1],
-        HAS_RECENT=a.key_recent is not None,
         ALIGNED=plain and slots % tiling.block == 0,
         ONE_TOKEN=Q == 1,
         ROWS=rows,
@@ -589,7 +563,7 @@ def launch_decode(a: Arguments, out: Tensor, tiling: DecodeTiling | None) -> Par
         OVERLAP=partial is not None and device.overlaps,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        **a.switches(),
+        **a.constants(),
     )
     return partial
 

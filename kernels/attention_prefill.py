@@ -343,45 +343,19 @@ def launch_prefill(a: Arguments, out: Tensor, tiling: PrefillTiling | None) -> N
     num_kv_heads, slots = a.key_codes.shape[1:3]
     rows = Q * a.heads
     half_block = max(16, triton.next_power_of_2(D // 2))
-    key_groups = 0 if a.key_scale is None else a.key_scale.shape[-2]
-    value_groups = 0 if a.value_scale is None else a.value_scale.shape[-2]
-    plain = max(key_groups, value_groups) <= 1 and a.rope is None and a.key_recent is None
+    plain = max(a.key_groups, a.value_groups) <= 1 and a.rope is None and a.key_recent is None
     tiling = tiling or default_prefill_tiling(rows, half_block, out.element_size(), plain)
-    absent = out  # a pointer that the kernel does not read
     prefill_kernel[(triton.cdiv(rows, tiling.block_m), num_kv_heads, B)](
-        a.query,
-        a.key_codes,
-        absent if a.key_scale is None else a.key_scale,
-        a.value_codes,
-        absent if a.value_scale is None else a.value_scale,
-        absent if a.key_recent is None else a.key_recent,
-        absent if a.value_recent is None else a.value_recent,
-        absent if a.rope is None else a.rope,
-        a.length,
-        absent if a.position is None else a.position,
-        absent if a.mask is None else a.mask,
+        *a.pointers(out),
         out,
-        Q,
-        num_kv_heads,
-        slots,
-        0 if a.key_recent is None else a.key_recent.shape[2],
-        0 if a.rope is None else a.rope.shape[0],
-        0 if a.mask is None else a.mask.shape[-1],
-        a.window,
+        *a.sizes(),
         *a.strides(),
         *a.scores(),
-        HEAD_DIM=D,
         HALF_BLOCK=half_block,
-        HEADS=a.heads,
-        BITS=a.bits,
-        KEY_GROUPS=key_groups,
-        VALUE_GROUPS=value_groups,
-        ROTATED=0 if a.rope is None else a.rope.shape[1],
-        HAS_RECENT=a.key_recent is not None,
         ALIGNED=slots % tiling.block_n == 0,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        **a.switches(),
+        **a.constants(),
     )

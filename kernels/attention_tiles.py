@@ -170,6 +170,26 @@ class Arguments(NamedTuple):
         """Query heads on each KV head."""
         return self.query.shape[1] // self.key_codes.shape[1]
 
+    @property
+    def key_groups(self) -> int:
+        return 0 if self.key_scale is None else self.key_scale.shape[-2]
+
+    @property
+    def value_groups(self) -> int:
+        return 0 if self.value_scale is None else self.value_scale.shape[-2]
+
+    def pointers(self, absent: Tensor) -> list[Tensor]:
+        """The tensors, `absent`, which no kernel reads, in place of those that are None."""
+        return [absent if one is None else one for one in self[:11]]
+
+    def sizes(self) -> tuple[int, ...]:
+        """Q, num_kv_heads, slots, residual, positions in the rope table and the mask, window."""
+        lengths = [
+            0 if one is None else one.shape[dim]
+            for one, dim in ((self.key_recent, 2), (self.rope, 0), (self.mask, -1))
+        ]
+        return (self.query.shape[2], *self.key_codes.shape[1:3], *lengths, self.window)
+
     def strides(self) -> tuple[int, ...]:
         """Those of query, length, position and mask, 0 along dimensions that they do not have."""
         position, mask = self.position, self.mask
@@ -187,9 +207,17 @@ class Arguments(NamedTuple):
             return 2.0 * LOG2_E.value * self.scale / self.softcap, self.softcap * LOG2_E.value
         return self.scale * LOG2_E.value, 0.0
 
-    def switches(self) -> dict[str, Any]:
+    def constants(self) -> dict[str, Any]:
+        """What both kernels are compiled for."""
         mask = self.mask
         return {
+            "HEAD_DIM": self.query.shape[-1],
+            "HEADS": self.heads,
+            "BITS": self.bits,
+            "KEY_GROUPS": self.key_groups,
+            "VALUE_GROUPS": self.value_groups,
+            "ROTATED": 0 if self.rope is None else self.rope.shape[1],
+            "HAS_RECENT": self.key_recent is not None,
             "HAS_POSITION": self.position is not None,
             "HAS_WINDOW": self.position is not None and self.window > 0,
             "MASK": "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float",

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -11,34 +11,16 @@ from torch import Tensor
 from atom_compile.kernels import attention, kv_cache
 from atom_compile.kernels.attention_decode import DecodeTiling, default_decode_tiling
 from atom_compile.kernels.attention_prefill import PrefillTiling
+from atom_compile.kernels.attention_tiles import Arguments
 
 from .cases import dtypes, few_examples, kernel_device, poisoned_memory, seeds
 
 NAN = float("nan")
 
 
-class Arguments(NamedTuple):
-    """Those of `atom::attention`."""
-
-    query: Tensor
-    key_codes: Tensor
-    key_scale: Tensor | None
-    value_codes: Tensor
-    value_scale: Tensor | None
-    key_recent: Tensor | None
-    value_recent: Tensor | None
-    rope: Tensor | None
-    length: Tensor
-    position: Tensor | None
-    mask: Tensor | None
-    bits: int
-    window: int
-    scale: float
-    softcap: float
-
-    def to(self, device: torch.device) -> Arguments:
-        moved = (v.to(device) if isinstance(v, Tensor) else v for v in self)
-        return Arguments(*moved)  # type: ignore[arg-type]
+def moved(args: Arguments, device: torch.device) -> Arguments:
+    tensors: Any = (one.to(device) if isinstance(one, Tensor) else one for one in args)
+    return Arguments(*tensors)
 
 
 def arguments(
@@ -117,7 +99,7 @@ def assert_alike(got: Tensor, want: Tensor) -> None:
 
 def check(args: Arguments, tiling: DecodeTiling | PrefillTiling | None = None) -> None:
     with poisoned_memory():
-        got = attention.launch(*args.to(kernel_device()), tiling=tiling)
+        got = attention.launch(*moved(args, kernel_device()), tiling=tiling)
     assert_alike(got, attention.reference(*args))
 
 
@@ -176,7 +158,7 @@ def test_a_poisoned_sequence_is_nan_and_no_other_is(tiling: DecodeTiling | Prefi
     args.key_scale[1, 0, 7] = NAN
     args.value_scale[1, 1, 3, 0, 1] = NAN
     args.query[2, 3, 1] = float("inf")
-    out = attention.launch(*args.to(kernel_device()), tiling=tiling).cpu()
+    out = attention.launch(*moved(args, kernel_device()), tiling=tiling).cpu()
     assert out[1].isnan().all() and out[2, 3, 1].isnan().all()
     clean[1] = out[1] = clean[2, 3, 1] = out[2, 3, 1] = 0.0
     assert_alike(out, clean)
@@ -202,7 +184,7 @@ def test_sizes_at_the_ends_of_float16(size: float, tiling: DecodeTiling | Prefil
     codes, scale = kv_cache.quantize(value, 4, 1)
     query = args.query * 1e30 if size > 1 else args.query
     args = args._replace(query=query, scale=1e-31, value_codes=codes, value_scale=scale)
-    got = attention.launch(*args.to(kernel_device()), tiling=tiling)
+    got = attention.launch(*moved(args, kernel_device()), tiling=tiling)
     want = attention.reference(*args)
     assert (got.cpu().float() - want.float()).norm() <= 0.01 * want.float().norm()
 

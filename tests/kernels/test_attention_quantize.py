@@ -8,6 +8,7 @@ from torch import Tensor
 
 from atom_compile.kernels import attention, attention_quantize, quantize
 from atom_compile.kernels.attention_decode import DecodeTiling
+from atom_compile.kernels.attention_tiles import Arguments
 
 from .cases import (
     DTYPES,
@@ -19,7 +20,7 @@ from .cases import (
     random_order,
     seeds,
 )
-from .test_attention import Arguments, arguments
+from .test_attention import arguments, moved
 
 NUMBERS = (4, 64, 16, 0.9)
 
@@ -31,7 +32,7 @@ def launch(
     tiling = None if splits is None else DecodeTiling(16, splits, 1, 1)
     order = order if order is None else order.to(device)
     with poisoned_memory():
-        return attention_quantize.launch(*args.to(device), order, *NUMBERS, tiling=tiling)
+        return attention_quantize.launch(*moved(args, device), order, *NUMBERS, tiling=tiling)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
@@ -61,7 +62,9 @@ def test_codes_are_those_of_the_attention(
     got = launch(args, order, splits)
     device = kernel_device()
     tiling = None if splits is None else DecodeTiling(16, splits, 1, 1)
-    attended = attention.launch(*args.to(device), tiling=tiling).cpu().transpose(1, 2).flatten(2)
+    attended = (
+        attention.launch(*moved(args, device), tiling=tiling).cpu().transpose(1, 2).flatten(2)
+    )
     if order is not None:
         attended = attended.index_select(-1, order)
     assert_quantized_alike(got, quantize.reference(attended, *NUMBERS))
