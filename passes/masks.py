@@ -24,7 +24,6 @@ _LE, _GE = (operator.le, torch.le, "le"), (operator.ge, torch.ge, "ge")
 _GT, _LT = (operator.gt, torch.gt, "gt"), (operator.lt, torch.lt, "lt")
 NOT = (operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "__invert__")
 _SUB = (operator.sub, torch.sub, "sub")
-_SHAPE_ONLY = ("expand", "expand_as", "contiguous", "to", "view", "reshape", "unsqueeze", "bool")
 _INDEXING = (operator.getitem, "view", "reshape", "unsqueeze", torch.unsqueeze, "expand")
 _ONES = (torch.ones, torch.ones_like, "new_ones")
 
@@ -171,7 +170,9 @@ def _along_queries(node: Any) -> Node | None:
     vector = _vector(node)
     if vector is None or value(vector).shape[0] != value(node).shape[-2]:
         return None
-    return vector if value(vector).dtype == torch.int64 else None
+    # a view of the cache's length would, by the time attention runs, have grown with it
+    owned = vector.op == "placeholder" or is_call(vector, torch.add, torch.sub, torch.arange)
+    return vector if owned and value(vector).dtype == torch.int64 else None
 
 
 def _size(node: Node) -> Any:
@@ -192,4 +193,4 @@ def _vector(node: Any) -> Any:
         if _size(node.args[0]) != _size(node):
             return None
         node = node.args[0]
-    return node if is_tensor(node) else None
+    return node if is_tensor(node) and value(node).dim() == 1 else None

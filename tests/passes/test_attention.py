@@ -229,6 +229,10 @@ def test_masks() -> None:
         q, k = positions(start)
         return ~(k > q)
 
+    def by_a_view(start: Tensor) -> Tensor:
+        _, k = positions(start)
+        return k <= start.view(1, 1, 1, 1)
+
     def backwards(start: Tensor) -> Tensor:
         q, k = positions(start)
         return k >= q
@@ -247,6 +251,7 @@ def test_masks() -> None:
         causal: (0, 0, True),
         windowed: (4, 1, True),
         not_later: (0, 0, True),
+        by_a_view: (0, 1, False),
         backwards: (0, 1, False),
         shifted: (0, 1, False),
         additive: (0, 0, True),
