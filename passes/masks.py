@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .graphs import call, is_call, is_tensor, value
+from .graphs import call, is_call, is_tensor, mutates, value
 
 _AND = (
     operator.and_,
@@ -171,7 +171,9 @@ def _along_queries(node: Any) -> Node | None:
     if vector is None or value(vector).shape[0] != value(node).shape[-2]:
         return None
     # a view of the cache's length would, by the time attention runs, have grown with it
-    owned = vector.op == "placeholder" or is_call(vector, torch.add, torch.sub, torch.arange)
+    owned = is_call(vector, torch.add, torch.sub, torch.arange) or (
+        vector.op == "placeholder" and not any(vector in mutates(user) for user in vector.users)
+    )
     return vector if owned and value(vector).dtype == torch.int64 else None
 
 
