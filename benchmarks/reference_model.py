@@ -2,11 +2,10 @@
 
     python benchmarks/reference_model.py MODEL_DIR --calibration FILE --validation FILE --out FILE
 
-Perplexity over windows spread evenly over the validation text, as a ratio to float32, and with KV
-caches of several schemes, as a ratio to one in 16 bits. With a GPU, the relative difference of the
-logits between the references on the CPU and the kernels on the GPU, over the first 32 tokens of
-each window and over all of it: where a value lies on the edge between two codes the last bit of a
-float32 sum decides, and what follows that token then differs by a code.
+Perplexity over windows spread evenly over the validation text, as a ratio to float32. With a GPU,
+the relative difference of the logits between the references on the CPU and the kernels on the GPU,
+over the first 32 tokens of each window and over all of it: where a value lies on the edge between
+two codes the last bit of a float32 sum decides, and what follows that token then differs by a code.
 Without one, the time of a compiled forward of 512 tokens beside eager float32. With --outliers, a
 Python file with `inject_outliers(model, scale)`, all of it again on a model with outliers.
 """
@@ -82,42 +81,12 @@ def measure(arguments: argparse.Namespace, injected: bool, devices: list[str]) -
                 out = [model(batch, use_cache=False).logits.cpu() for batch in batches]
             logits.setdefault(scheme, {})[device] = torch.cat(out)
             model._compiled_call_impl = None
-        if not injected:
-            result[device]["kv_cache"] = measure_caches(model, batches, recipe)
     if len(devices) > 1:
         result["logits_cpu_against_gpu"] = {
             scheme: agreement(one["cuda"], one["cpu"]) for scheme, one in logits.items()
         }
     elif not injected:
         result["forward_of_512_tokens"] = time_forward(model, validation[0][:1], recipe)
-    return result
-
-
-def measure_caches(
-    model: Any, batches: list[Tensor], recipe: atom_compile.Recipe
-) -> dict[str, dict[str, float]]:
-    """W4A4 with keys and values through a cache; ratios to the cache in 16 bits."""
-    caches = {
-        **{name: atom_compile.KVScheme.of(name) for name in ("kv16", "kv8", "kv4")},
-        "kv4, groups of 64": atom_compile.KVScheme(group_size=64),
-        "kv4, keys before RoPE": atom_compile.KVScheme(keys_before_rope=True),
-        "kv4, the last 64 tokens in 16 bits": atom_compile.KVScheme(residual=64),
-    }
-    result: dict[str, dict[str, float]] = {}
-    for name, scheme in caches.items():
-        torch._dynamo.reset()
-        model.compile(backend="atom", options={"recipe": recipe, "strict": True})
-        cache = atom_compile.KVCache(
-            model.config, BATCH, LENGTH, scheme, device=model.device, dtype=torch.bfloat16
-        )
-        got = perplexity(model, batches, cache)
-        full = result["kv16"]["perplexity"] if result else got
-        result[name] = {
-            "perplexity": got,
-            "ratio": got / full,
-            "bytes_per_token": cache.bytes_per_token,
-        }
-        model._compiled_call_impl = None
     return result
 
 
