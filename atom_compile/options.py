@@ -24,7 +24,8 @@ class Options:
     include_embeddings: quantize embedding tables as well.
     skip: patterns (`fnmatch`) of weights' parameter names to leave in their own precision:
         ["*.o_proj.weight"].
-    fuse: False leaves the plain operators: reorder, quantize and linear, one of each per layer.
+    fuse: False leaves the plain operators: reorder, quantize and linear, one of each per layer, and
+        a KV cache that is read back in 16 bits.
     allow_unchanged: compile a graph of which no linear can be quantized, instead of raising.
     strict: raise whatever goes wrong in a rewrite instead of compiling the graph as it was, with a
         warning.
