@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from ..kernels.kv_cache import kv_read
-from .graphs import is_call, is_tensor, module_path, value
+from .graphs import argument, is_call, is_tensor, module_path, number, swapped_dims, value
 from .masks import NOT
 
 SDPA = torch._C._nn.scaled_dot_product_attention
 _SOFTMAX = (F.softmax, torch.softmax, "softmax")
-_TRANSPOSE = ("transpose", torch.transpose, "swapaxes")
 _MASK_FILL = ("masked_fill", torch.masked_fill)
 
 
@@ -114,7 +113,7 @@ def _match_call(node: Node) -> FoundAttention | None:
     query = arguments["query"]
     if arguments.get("dropout_p", 0.0):
         return None
-    scale = _number(arguments.get("scale"))
+    scale = number(arguments.get("scale"))
     if scale is None:
         scale = 1.0 / math.sqrt(value(query).shape[-1])
     return _found(
@@ -137,16 +136,16 @@ def _match_written_out(node: Node) -> FoundAttention | None:
     scores: Any = _strip_casts(softmax.args[0])
     mask: Any = None
     hidden: Any = None
-    if is_call(scores, torch.add) and all(is_tensor(one) for one in scores.args):
+    if is_call(scores, torch.add) and [is_tensor(one) for one in scores.args] == [True, True]:
         scores, mask = scores.args
-    elif is_call(scores, *_MASK_FILL) and scores.args[2] <= -1e4:
-        scores, hidden = scores.args[:2]
+    elif is_call(scores, *_MASK_FILL) and (number(argument(scores, 2, "value")) or 0.0) <= -1e4:
+        scores, hidden = scores.args[0], argument(scores, 1, "mask")
     scores, softcap = _strip_softcap(_strip_casts(scores))
     scores, scale = _strip_scale(_strip_casts(scores))
-    if not is_call(scores, torch.matmul):
+    if not is_call(scores, torch.matmul) or len(scores.args) != 2:
         return None
     query, transposed = scores.args
-    if not _swaps_last_two(transposed):
+    if swapped_dims(transposed) != {2, 3}:
         return None
     return _found(
         node,
@@ -194,32 +193,25 @@ def _before_repeat(node: Any) -> Any:
     while is_call(node, "contiguous"):
         node = node.args[0]
     if is_call(node, "repeat_interleave", torch.repeat_interleave):
-        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
-        return node.args[0] if dim in (1, -3) else node
+        repeats, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
+        return node.args[0] if dim in (1, -3) and not is_tensor(repeats) else node
     if not is_call(node, "reshape", "flatten", torch.reshape, torch.flatten):
         return node
     expanded = node.args[0]
     if not is_call(expanded, "expand") or value(expanded).dim() != 5:
         return node
     added = expanded.args[0]
-    if is_call(added, operator.getitem):
-        full = slice(None)
-        index = tuple(added.args[1])
+    if is_call(added, operator.getitem) and isinstance(added.args[1], tuple):
+        full, index = slice(None), added.args[1]
         inserts = index[:3] == (full, full, None) and all(one == full for one in index[3:])
     else:
-        inserts = is_call(added, "unsqueeze", torch.unsqueeze) and added.args[1] == 2
+        inserts = is_call(added, "unsqueeze", torch.unsqueeze) and argument(added, 1, "dim") == 2
     base = added.args[0] if inserts else None
     if base is None or value(base).dim() != 4 or value(node).dim() != 4:
         return node
     same = value(base).shape[2:] == value(node).shape[2:]
     heads = value(base).shape[1] * value(expanded).shape[2] == value(node).shape[1]
     return base if same and heads else node
-
-
-def _swaps_last_two(node: Any) -> bool:
-    if is_call(node, getattr):
-        return bool(node.args[1] == "mT")
-    return is_call(node, *_TRANSPOSE) and {axis % 4 for axis in node.args[1:]} == {2, 3}
 
 
 def _strip_casts(node: Any) -> Any:
@@ -229,8 +221,7 @@ def _strip_casts(node: Any) -> Any:
 
 
 def _over_last(softmax: Node) -> bool:
-    dim = softmax.kwargs.get("dim", softmax.args[1] if len(softmax.args) > 1 else None)
-    return dim in (-1, 3)
+    return argument(softmax, 1, "dim") in (-1, 3)
 
 
 def _strip_softcap(node: Any) -> tuple[Any, float]:
@@ -247,13 +238,8 @@ def _strip_softcap(node: Any) -> tuple[Any, float]:
 def _strip_scale(node: Any) -> tuple[Any, float]:
     """scores * number or scores / number -> scores, the factor."""
     if is_call(node, torch.mul, torch.div) and len(node.args) == 2:
-        scores, number = node.args
-        factor = _number(number)
+        scores, constant = node.args
+        factor = number(constant)
         if factor and is_tensor(scores):
             return scores, factor if node.target is torch.mul else 1.0 / factor
     return node, 1.0
-
-
-def _number(argument: Any) -> float | None:
-    number = value(argument)
-    return float(number) if isinstance(number, float | int | torch.SymFloat) else None

@@ -87,8 +87,16 @@ def mutates(node: Node) -> set[Any]:
             one.alias_info is not None and one.alias_info.is_write for one in schema.arguments
         ]
         return {argument for argument, wrote in zip(node.args, written, strict=False) if wrote}
+    return set(node.args[:1]) if _named_in_place(node) else set()
+
+
+def _named_in_place(node: Node) -> bool:
+    """add_, operator.iadd, setitem; of names that only look alike, some too many."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return set(node.args[:1]) if name.endswith("_") and not name.endswith("__") else set()
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+    inplace_operator = name.startswith("i") and hasattr(operator, name)
+    return name.endswith("_") or inplace_operator or name == "setitem"
 
 
 def module_path(node: Node) -> str:
@@ -111,6 +119,29 @@ def is_call(node: Any, *targets: Any) -> bool:
     )
 
 
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, however it was passed."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def number(node: Any) -> float | None:
+    """A constant. Where models differ in one, Dynamo makes it an input: reading it guards on it."""
+    constant = value(node)
+    return float(constant) if isinstance(constant, float | int | torch.SymFloat) else None
+
+
+def swapped_dims(node: Any) -> set[int] | None:
+    """The two dimensions that a transpose swaps, counted from the front; None of other nodes."""
+    if is_call(node, getattr):
+        return {value(node).dim() - 2, value(node).dim() - 1} if node.args[1] == "mT" else None
+    if not is_call(node, "transpose", torch.transpose, "swapaxes"):
+        return None
+    dims = argument(node, 1, "dim0"), argument(node, 2, "dim1")
+    if not all(isinstance(dim, int) for dim in dims):
+        return None
+    return {dim % value(node).dim() for dim in dims}
+
+
 def erase_unused(node: Any) -> None:
     """Erases `node` and then what it alone read, as far as they are free of side effects."""
     if not isinstance(node, Node) or node.users or not _is_pure(node):
@@ -131,15 +162,9 @@ def _is_pure(node: Node) -> bool:
     """Conservative: methods may write in place, so of those only a few are pure."""
     if node.op == "call_method":
         return node.target in _PURE_METHODS
-    name = getattr(node.target, "__name__", "")
-    in_place = (
-        name.endswith("_")
-        or (name.startswith("i") and hasattr(operator, name))
-        or name == "setitem"
-    )
     return (
         node.op == "call_function"
-        and not in_place
+        and not _named_in_place(node)
         and "out" not in node.kwargs
         and not node.is_impure()
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .graphs import call, is_call, is_tensor, mutates, value
+from .graphs import argument, call, is_call, is_tensor, mutates, value
 
 _AND = (
     operator.and_,
@@ -54,21 +54,22 @@ def match_mask(mask: Node | None) -> FoundMask:
             return FoundMask(rest=(whole,))
         whole = condition
     position: Node | None = None
-    window = 0
+    window, causal = 0, False
     rest: list[Node] = []
     for term in _terms(whole):
+        if not is_tensor(term):
+            return FoundMask(rest=(whole,))
         if last := _match_causal(term):
             if position is not None and position is not last:
                 return FoundMask(rest=(whole,))
-            position = last
+            position, causal = last, True
         elif found := _match_window(term):
             if position is not None and position is not found[0]:
                 return FoundMask(rest=(whole,))
             position, window = found[0], min(window or found[1], found[1])
         elif not (is_call(term, *_ONES)):
             rest.append(term)
-    causal = any(_match_causal(term) is position for term in _terms(whole))
-    if position is None or not causal:
+    if not causal:
         return FoundMask(rest=(whole,))
     return FoundMask(position, window, tuple(rest))
 
@@ -123,6 +124,8 @@ def _match_causal(term: Node) -> Node | None:
     """keys <= queries, queries >= keys or not keys > queries -> the queries' positions (Q,)."""
     negated = is_call(term, *NOT)
     compared = term.args[0] if negated else term
+    if not isinstance(compared, Node) or len(compared.args) != 2:
+        return None
     if is_call(compared, *(_GT if negated else _LE)):
         keys, queries = compared.args
     elif is_call(compared, *(_LT if negated else _GE)):
@@ -134,16 +137,19 @@ def _match_causal(term: Node) -> Node | None:
 
 def _match_window(term: Node) -> tuple[Node, int] | None:
     """keys > queries - window, or queries - window < keys -> (the queries' positions, window)."""
+    if len(term.args) != 2:
+        return None
     if is_call(term, *_GT):
         keys, bound = term.args
     elif is_call(term, *_LT):
         bound, keys = term.args
     else:
         return None
-    if not (_counts_keys(keys) and is_call(bound, *_SUB) and isinstance(bound.args[1], int)):
+    window = argument(bound, 1, "other") if is_call(bound, *_SUB) else None
+    if not isinstance(window, int) or not _counts_keys(keys):
         return None
     queries = _along_queries(bound.args[0])
-    return None if queries is None else (queries, bound.args[1])
+    return None if queries is None else (queries, window)
 
 
 def _counts_keys(node: Any) -> bool:
@@ -151,7 +157,7 @@ def _counts_keys(node: Any) -> bool:
     if not is_tensor(node) or _size(node) != value(node).shape[-1]:
         return False
     numbers = _vector(node)
-    while is_call(numbers, operator.add, torch.add) and numbers.args[1] == 0:
+    while is_call(numbers, operator.add, torch.add) and argument(numbers, 1, "other") == 0:
         numbers = numbers.args[0]
     return bool(
         is_call(numbers, torch.arange)
@@ -187,11 +193,10 @@ def _vector(node: Any) -> Any:
     while is_tensor(node) and value(node).dim() > 1:
         if not is_call(node, *_INDEXING) or not is_tensor(node.args[0]):
             return None
-        index = node.args[1]
-        if node.target is operator.getitem and not all(
-            one is None or one == slice(None) for one in index
-        ):
-            return None
+        if is_call(node, operator.getitem):
+            index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+            if not all(one is None or one == slice(None) for one in index):
+                return None
         if _size(node.args[0]) != _size(node):
             return None
         node = node.args[0]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .graphs import is_call, is_tensor, value
+from .graphs import is_call, is_tensor, number, value
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +43,12 @@ def _match_call(y: Node) -> FoundNorm | None:
     eps = arguments.get("eps", 1e-5 if center else None)
     if eps is None:  # torch.rms_norm's default
         eps = torch.finfo(torch.float32).eps
-    eps = _number(eps)
+    eps = number(eps)
     if eps is None:
         return None
     return FoundNorm(
         x, arguments.get("weight"), arguments.get("bias"), eps, center, round_normed=False
     )
-
-
-def _number(argument: Any) -> float | None:
-    """A constant. Where models differ in one, Dynamo makes it an input: reading it guards on it."""
-    number = value(argument)
-    return float(number) if isinstance(number, float | int | torch.SymFloat) else None
 
 
 def _match_written_out(y: Node) -> FoundNorm | None:
@@ -139,10 +133,10 @@ def _match_mean_square(node: Any, h: Node) -> float | None:
     if is_call(node, torch.add) and len(node.args) == 2:
         constants = [argument for argument in node.args if not is_tensor(argument)]
         tensors = [argument for argument in node.args if is_tensor(argument)]
-        number = _number(constants[0]) if len(constants) == 1 else None
-        if number is None:
+        constant = number(constants[0]) if len(constants) == 1 else None
+        if constant is None:
             return None
-        eps, node = number, tensors[0]
+        eps, node = constant, tensors[0]
     if is_call(node, torch.mean) and _over_last(node):
         square = node.args[0]
         if is_call(square, torch.pow) and square.args[1] == 2 and square.args[0] is h:

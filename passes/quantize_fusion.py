@@ -16,7 +16,7 @@ from ..kernels.quantize import quantize, reorder_quantize
 from ..kernels.reorder import reorder
 from .derived import PackedLinear
 from .gates import match_gate
-from .graphs import erase_unused, is_call, value
+from .graphs import erase_unused, is_call, swapped_dims, value
 from .insertion import quantized_pair
 from .norms import match_norm
 from .record import Record
@@ -84,7 +84,7 @@ def _match_attention(y: Node) -> Node | None:
     node: Any = y
     while is_call(node, *_FLATTEN) and len(node.args[0].users) == 1:
         node = node.args[0]
-    if not is_call(node, "transpose", torch.transpose) or {*node.args[1:]} != {1, 2}:
+    if swapped_dims(node) != {1, 2}:
         return None
     source = node.args[0]
     if not is_call(source, attention) or len(source.users) > 1:

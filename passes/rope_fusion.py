@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from ..kernels.attention import attention
 from ..kernels.kv_cache import kv_append
 from ..kernels.rope_append import rope_append
-from .graphs import call, erase_unused, is_call, is_tensor, value
+from .graphs import argument, call, erase_unused, is_call, is_tensor, value
 from .record import Record
 
 _NEG = (operator.neg, torch.neg, "neg")
@@ -78,7 +78,7 @@ def _fuse(append: Node, reader: Node) -> str | None:
 
 def _without_heads(angles: Node, like: Node) -> Node:
     """(B or 1, 1, tokens, channels) -> (B or 1, tokens, channels)."""
-    if is_call(angles, *_UNSQUEEZE) and angles.args[1] in (1, -3):
+    if is_call(angles, *_UNSQUEEZE) and argument(angles, 1, "dim") in (1, -3):
         return angles.args[0]
     return call(like.graph, torch.squeeze, (angles, 1), like)
 
@@ -131,8 +131,7 @@ def _is_rotated_half(node: Any, x: Any) -> bool:
 def _cat_of_two(node: Any) -> tuple[Any, Any] | None:
     if not is_call(node, torch.cat, torch.concat):
         return None
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    parts = node.args[0]
+    dim, parts = argument(node, 1, "dim", 0), argument(node, 0, "tensors")
     if dim not in (-1, value(node).dim() - 1) or len(parts) != 2:
         return None
     return parts[0], parts[1]
@@ -144,8 +143,7 @@ def _slice_of(node: Any) -> tuple[Node, int, int] | None:
         return None
     source, index = node.args
     if is_call(source, "chunk", torch.chunk, "split", torch.split) and isinstance(index, int):
-        x = source.args[0]
-        dim = source.kwargs.get("dim", source.args[2] if len(source.args) > 2 else 0)
+        x, dim = source.args[0], argument(source, 2, "dim", 0)
         if dim not in (-1, value(x).dim() - 1):
             return None
         widths = [int(part.shape[-1]) for part in value(source)]

@@ -179,6 +179,10 @@ class Own(nn.Module):
             scores = torch.einsum("bhqd,bhkd->bhqk", q, keys) / 48**0.5
             weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
             mixed = torch.einsum("bhqk,bhkd->bhqd", weights, values)
+        elif self.spelling in ("keywords", "tensor fill"):
+            scores = q @ keys.transpose(dim0=-1, dim1=-2) / 48**0.5
+            low = -torch.inf if self.spelling == "keywords" else torch.tensor(-torch.inf)
+            mixed = scores.masked_fill(mask=hidden, value=low).softmax(dim=-1) @ values
         elif self.spelling == "softmax":
             scores = (q @ keys.mT) / 48**0.5
             mixed = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) @ values
@@ -187,7 +191,7 @@ class Own(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, 192))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("spelling", ["softmax", "sdpa", "einsum"])
+@pytest.mark.parametrize("spelling", ["softmax", "keywords", "sdpa", "einsum", "tensor fill"])
 @torch.no_grad()
 def test_a_model_of_ones_own(spelling: str) -> None:
     config = transformers.LlamaConfig(**NUMBERS | {"num_key_value_heads": 2, "head_dim": 48})
@@ -196,7 +200,7 @@ def test_a_model_of_ones_own(spelling: str) -> None:
     wanted = model(x, KVCache(config, 2, 16))
     cache = KVCache(config, 2, 16)
     (run,) = rewrites(lambda x: model(x, cache), x, skip=["*"], allow_unchanged=True)
-    if spelling == "einsum":
+    if spelling in ("einsum", "tensor fill"):
         assert counts(run) == {"kv_append": 1, "kv_read": 2}
         assert any("not recognised" in one[0] for one in run.record.remarks.values())
     else:
