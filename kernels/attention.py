@@ -9,6 +9,8 @@ The tokens' own keys and values are in the cache already. Source of the layout: 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -124,60 +126,25 @@ def is_decode(query: Tensor, key_codes: Tensor) -> bool:
     return Q == 1 or Q * (num_heads // key_codes.shape[1]) <= MOST_ROWS
 
 
-def launch(
-    query: Tensor,
-    key_codes: Tensor,
-    key_scale: Tensor | None,
-    value_codes: Tensor,
-    value_scale: Tensor | None,
-    key_recent: Tensor | None,
-    value_recent: Tensor | None,
-    rope: Tensor | None,
-    length: Tensor,
-    position: Tensor | None,
-    mask: Tensor | None,
-    bits: int,
-    window: int,
-    scale: float,
-    softcap: float,
-    tiling: DecodeTiling | PrefillTiling | None = None,
-) -> Tensor:
+def launch(*arguments: Any, tiling: DecodeTiling | PrefillTiling | None = None) -> Tensor:
     """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
-    cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
-    out, partial = launch_partial(
-        query, *cache, position, mask, bits, window, scale, softcap, tiling
-    )
+    out, partial = launch_partial(Arguments(*arguments), tiling)
     if partial is not None:
         launch_combine(partial, out)
     return out.transpose(1, 2)
 
 
 def launch_partial(
-    query: Tensor,
-    key_codes: Tensor,
-    key_scale: Tensor | None,
-    value_codes: Tensor,
-    value_scale: Tensor | None,
-    key_recent: Tensor | None,
-    value_recent: Tensor | None,
-    rope: Tensor | None,
-    length: Tensor,
-    position: Tensor | None,
-    mask: Tensor | None,
-    bits: int,
-    window: int,
-    scale: float,
-    softcap: float,
-    tiling: DecodeTiling | PrefillTiling | None,
+    arguments: Arguments, tiling: DecodeTiling | PrefillTiling | None
 ) -> tuple[Tensor, Partial | None]:
     """(B, Q, num_heads, D), and what it is to be filled from if it is not filled yet."""
-    cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
-    arguments = Arguments(query, *cache, position, mask, bits, window, scale, softcap)
+    query = arguments.query
     B, num_heads, Q, D = query.shape
     out = query.new_empty(B, Q, num_heads, D)
     if out.numel() == 0:
         return out, None
-    if isinstance(tiling, DecodeTiling) or (tiling is None and is_decode(query, key_codes)):
+    decodes = is_decode(query, arguments.key_codes)
+    if isinstance(tiling, DecodeTiling) or (tiling is None and decodes):
         return out, launch_decode(arguments.contiguous(), out, tiling)
     launch_prefill(arguments.contiguous(), out, tiling)
     return out, None

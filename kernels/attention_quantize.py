@@ -9,6 +9,8 @@ Formulas and layouts: attention.py, quantize.py.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,7 @@ from triton.language.extra.cuda import gdc_wait
 from . import attention, quantize, quantize_rows
 from .attention_decode import DecodeTiling, combine_rows, launch_combine
 from .attention_prefill import PrefillTiling
-from .attention_tiles import device_of
+from .attention_tiles import Arguments, device_of
 from .kv_cache import CACHE
 from .library import define
 from .packing import OUTLIER_BITS, GroupLayout
@@ -60,31 +62,9 @@ def reference(
     return quantize.reorder_reference(x, order, *numbers)
 
 
-def fake(
-    query: Tensor,
-    key_codes: Tensor,
-    key_scale: Tensor | None,
-    value_codes: Tensor,
-    value_scale: Tensor | None,
-    key_recent: Tensor | None,
-    value_recent: Tensor | None,
-    rope: Tensor | None,
-    length: Tensor,
-    position: Tensor | None,
-    mask: Tensor | None,
-    kv_bits: int,
-    window: int,
-    attention_scale: float,
-    softcap: float,
-    order: Tensor | None,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-) -> tuple[Tensor, Tensor]:
+def fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     B, num_heads, Q, D = query.shape
-    x = query.new_empty(B, Q, num_heads * D)
-    return quantize.fake(x, bits, group_size, outlier_channels, clip)
+    return quantize.fake(query.new_empty(B, Q, num_heads * D), *arguments[-4:])
 
 
 @triton.jit
@@ -177,33 +157,11 @@ Measured on an H100 with 4096 channels: 105 instead of 107 us with 2 splits, the
 
 
 def launch(
-    query: Tensor,
-    key_codes: Tensor,
-    key_scale: Tensor | None,
-    value_codes: Tensor,
-    value_scale: Tensor | None,
-    key_recent: Tensor | None,
-    value_recent: Tensor | None,
-    rope: Tensor | None,
-    length: Tensor,
-    position: Tensor | None,
-    mask: Tensor | None,
-    kv_bits: int,
-    window: int,
-    attention_scale: float,
-    softcap: float,
-    order: Tensor | None,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    tiling: DecodeTiling | PrefillTiling | None = None,
+    *arguments: Any, tiling: DecodeTiling | PrefillTiling | None = None
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
-    cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
-    attended, partial = attention.launch_partial(
-        query, *cache, position, mask, kv_bits, window, attention_scale, softcap, tiling
-    )
+    *attending, order, bits, group_size, outlier_channels, clip = arguments
+    attended, partial = attention.launch_partial(Arguments(*attending), tiling)
     B, Q, num_heads, D = attended.shape
     if partial is not None and partial.sums.shape[0] * num_heads * D > _MOST_FUSED:
         launch_combine(partial, attended)
@@ -218,8 +176,8 @@ def launch(
             clip=clip,
         )
     layout = GroupLayout(num_heads * D, group_size, outlier_channels)
-    codes = query.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
-    scale = query.new_empty(layout.num_scales, B, Q, dtype=torch.float32)
+    codes = attended.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
+    scale = attended.new_empty(layout.num_scales, B, Q, dtype=torch.float32)
     splits = partial.sums.shape[0]
     heads_block, head_block = (triton.next_power_of_2(size) for size in (num_heads, D))
     largest, outlier_largest = 2 ** (bits - 1) - 1, 2 ** (OUTLIER_BITS - 1) - 1
@@ -247,7 +205,7 @@ def launch(
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=max(group_size, triton.next_power_of_2(layout.width)),
         HAS_ORDER=order is not None,
-        RESULT=quantize_rows._TRITON_DTYPES[query.dtype],
+        RESULT=quantize_rows._TRITON_DTYPES[attended.dtype],
         OVERLAP=device_of(codes).overlaps,
         launch_pdl=device_of(codes).overlaps,
         num_warps=min(max(4, heads_block * head_block // 512), 16),

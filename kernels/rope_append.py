@@ -9,6 +9,8 @@ GPT-NeoX and Qwen pair them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,23 +57,10 @@ def reference(
 
 
 def launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    key_codes: Tensor,
-    key_scale: Tensor | None,
-    value_codes: Tensor,
-    value_scale: Tensor | None,
-    key_recent: Tensor | None,
-    value_recent: Tensor | None,
-    rope: Tensor | None,
-    length: Tensor,
-    bits: int,
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, *cache_and_bits: Any
 ) -> Tensor:
-    cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
-    out = kv_cache.launch_append(key, value, *cache, bits, Rotation(query, cos, sin))
+    arguments: Any = (key, value, *cache_and_bits, Rotation(query, cos, sin))
+    out = kv_cache.launch_append(*arguments)
     assert out is not None
     return out.transpose(1, 2)
 
