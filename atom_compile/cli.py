@@ -125,8 +125,8 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="llama3-8b, llama3-70b or prose-llama-5m: whose shapes. By default llama3-8b on a "
-            "GPU and prose-llama-5m on a CPU."
+            help="llama3-8b, llama3-70b or prose-llama-5m, or several of them: whose shapes. By "
+            "default llama3-8b on a GPU and prose-llama-5m on a CPU."
         ),
     ] = None,
     tokens: Annotated[
@@ -146,6 +146,17 @@ def bench(
             "a KV cache, or one part of it: decode, prefill, append."
         ),
     ] = "all",
+    only: Annotated[
+        str | None,
+        typer.Option(help="Of the operators, these: linears, or names such as o_proj,norm."),
+    ] = None,
+    peers: Annotated[
+        bool | None,
+        typer.Option(
+            "--peers/--no-peers",
+            help="Time other INT4, INT8 and FP8 products beside the linears; by default on a GPU.",
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cuda or cpu; by default cuda where there is one.")
     ] = None,
@@ -161,12 +172,14 @@ def bench(
     """
     console = _console()
     result = benchmark.run(
-        model,
+        _parse_names(model),
         tokens=_parse_numbers("tokens", tokens),
         batch=_parse_numbers("batch", batch),
         length=_parse_numbers("length", length),
         scheme=scheme,
         level=level,
+        only=_parse_names(only),
+        peers=peers,
         device=device,
         quick=quick,
         console=console,
@@ -185,6 +198,10 @@ def _console() -> Console:
     if not console.is_terminal:
         console.width = 120
     return console
+
+
+def _parse_names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",")] if text else []
 
 
 def _parse_numbers(option: str, text: str | None) -> list[int] | None:

@@ -167,9 +167,10 @@ def test_files_are_written_whole_and_hold_the_record(result: Result, tmp_path: P
         "scheme",
         "tokens",
     }
-    assert record | {"copy_gb_per_s", "python", "level"} <= set(data["environment"])
+    record |= {"copy_gb_per_s", "read_gb_per_s", "tera_ops_per_s", "python", "level"}
+    assert record <= set(data["environment"])
     names = {field.name for field in dataclasses.fields(Row)}
-    names |= {"gb_per_s", "copy_share", "tflop_per_s", "speedup"}
+    names |= {"gb_per_s", "copy_share", "tflop_per_s", "floor_us", "floor_share", "speedup"}
     assert all(set(row) == names for row in data["rows"])
     assert len(data["rows"]) == len(result.rows)
     assert paths[2].read_bytes().startswith(b"\x89PNG")
@@ -206,6 +207,7 @@ def _printed(result: Result) -> str:
         ({"batch": [4]}, r"batch is \[4\], and level 'all' does not go by it; give tokens"),
         ({"tokens": [4, 0]}, r"tokens is \[4, 0\]; every number must be at least 1"),
         ({"level": "layers"}, "unknown level 'layers'; did you mean 'layer'"),
+        ({"only": ["norms"]}, "unknown operator 'norms'; did you mean 'norm'"),
         ({"scheme": "w4a5"}, "unknown scheme 'w4a5'"),
         ({"device": "cud"}, "unknown device 'cud'; did you mean 'cuda'"),
     ],

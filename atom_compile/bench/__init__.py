@@ -22,10 +22,10 @@ from ..scheme import Scheme
 from . import attention
 from .cases import Case, Setting
 from .layer import layer_cases
-from .operators import operator_cases
-from .result import Result, Row, describe_environment
+from .operators import GROUPS, operator_cases
+from .result import OURS, Result, Row, describe_environment
 from .shapes import Shape, find_shape
-from .timing import Timing, copies_past_cache, copy_bandwidth, measure
+from .timing import Timing, copies_past_cache, measure, measure_ceilings
 
 __all__ = ["Result", "Row", "Shape", "run"]
 
@@ -34,53 +34,84 @@ DEFAULT_MODEL = {"cuda": "llama3-8b", "cpu": "prose-llama-5m"}
 DEFAULT_TOKENS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096), "cpu": (1, 16, 64)}
 QUICK_TOKENS = (1, 16)
 DEFAULT_BATCHES = {"cuda": (1, 32), "cpu": (1, 2)}
+# what a kernel that cannot run raises; a library that is not ours raises whatever it likes
+_ERRORS = (RuntimeError, TritonError)
+_PEER_ERRORS = (
+    *_ERRORS,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 DEFAULT_LENGTHS = {"cuda": (2048, 8192), "cpu": (64, 256)}
 
 
 def run(
-    model: str | Shape | None = None,
+    model: str | Shape | Sequence[str | Shape] | None = None,
     *,
     tokens: Sequence[int] | None = None,
     batch: Sequence[int] | None = None,
     length: Sequence[int] | None = None,
     scheme: str | Scheme = "w4a4",
     level: str = "all",
+    only: Sequence[str] = (),
+    peers: bool | None = None,
     device: str | None = None,
     quick: bool = False,
     console: Console | None = None,
 ) -> Result:
-    """Times the operators and the decoder layer of `model`; `console` shows progress.
+    """Times the operators and the decoder layer of one or more models; `console` shows progress.
 
     level: "operators", "layer" or "all", these two, at each number of `tokens`. Or "attention", or
         one part of it, "decode", "prefill" or "append": over KV caches of 4, 8 and 16 bits, with
         each `batch` of sequences (prefill: with one) and each `length` that is cached.
+    only: of the operators, these; "linears" are the four of them.
+    peers: time other INT4, INT8 and FP8 products beside the linears; by default on a GPU.
 
     Resets `torch.compile` in this process, so that nothing compiled before has a say.
     """
     if level not in LEVELS:
         raise OptionError(unknown("level", level, LEVELS))
-    setting = _setting(model, tokens, scheme, device, quick)
+    for name in only:
+        if name not in GROUPS:
+            raise OptionError(unknown("operator", name, GROUPS))
+    setting = _setting(tokens, scheme, device, quick)
+    setting = replace(
+        setting,
+        only=tuple(only),
+        peers=setting.device.type == "cuda" if peers is None else peers,
+    )
     setting = _with_lengths(setting, level, tokens, batch, length, quick)
+    settings = [replace(setting, shape=shape) for shape in _shapes(model, setting.device)]
+    ceilings = measure_ceilings(setting.device, setting.dtype)
     environment = describe_environment(setting.device) | {
-        "model": setting.shape.name,
+        "model": "-".join(one.shape.name for one in settings),
         **_measured(setting),
         "baseline": setting.baseline,
         "level": level,
-        "copy_gb_per_s": round(copy_bandwidth(setting.device), 1),
+        **asdict(ceilings),
     }
     rows: list[Row] = []
     with torch.no_grad(), Progress(console=console, disable=console is None) as progress:
-        cases, total = _cases(setting, level)
-        task = progress.add_task("", total=total)
-        for case in cases:
-            progress.update(task, description=f"{case.op}, {case.M} tokens, {case.variant}")
-            rows.append(_run_case(case, setting, seconds=0.01 if quick else 0.1))
-            progress.advance(task)
+        task = progress.add_task("", total=sum(_count(one, level) for one in settings))
+        for one in settings:
+            for case in _cases(one, level):
+                progress.update(task, description=f"{case.op}, {case.M} tokens, {case.variant}")
+                rows.append(_run_case(case, one, seconds=0.01 if quick else 0.1))
+                progress.advance(task)
     return Result(environment, rows)
 
 
+def _shapes(model: str | Shape | Sequence[str | Shape] | None, device: torch.device) -> list[Shape]:
+    model = model or DEFAULT_MODEL[device.type]
+    models = [model] if isinstance(model, str | Shape) else model
+    return [one if isinstance(one, Shape) else find_shape(one) for one in dict.fromkeys(models)]
+
+
 def _setting(
-    model: str | Shape | None,
     tokens: Sequence[int] | None,
     scheme: str | Scheme,
     device_name: str | None,
@@ -92,10 +123,9 @@ def _setting(
     device = torch.device(device_name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise OptionError("device 'cuda': PyTorch sees no GPU here. Use device 'cpu'.")
-    model = model or DEFAULT_MODEL[device.type]
     tokens = tokens or (QUICK_TOKENS if quick else DEFAULT_TOKENS[device.type])
     return Setting(
-        shape=model if isinstance(model, Shape) else find_shape(model),
+        shape=find_shape(DEFAULT_MODEL[device.type]),
         scheme=Scheme.of(scheme),
         tokens=tuple(dict.fromkeys(tokens)),
         device=device,
@@ -150,39 +180,51 @@ def _measured(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _cases(setting: Setting, level: str) -> tuple[Iterator[Case], int]:
-    """The cases of `level`, made one at a time, and how many there are."""
+def _cases(setting: Setting, level: str) -> Iterator[Case]:
+    """The cases of `level`, made one at a time."""
     torch.compiler.reset()
     if level in attention.LEVELS:
-        plans = attention.attention_plans(setting, level)
-        cases = (case for plan in plans for case in attention.attention_cases(setting, plan))
-        return cases, 3 * len(plans)
-    operators = operator_cases(setting) if level != "layer" else []
-    layers = layer_cases(setting) if level != "operators" else iter(())
-    layer_count = 3 * len(setting.tokens) if level != "operators" else 0
-    return (case for part in (operators, layers) for case in part), len(operators) + layer_count
+        for plan in attention.attention_plans(setting, level):
+            yield from attention.attention_cases(setting, plan)
+        return
+    if level != "layer":
+        yield from operator_cases(setting)
+    if level != "operators":
+        yield from layer_cases(setting)
+
+
+def _count(setting: Setting, level: str) -> int:
+    if level in attention.LEVELS:
+        return 3 * len(attention.attention_plans(setting, level))
+    operators = sum(1 for _ in operator_cases(setting)) if level != "layer" else 0
+    return operators + (3 * len(setting.tokens) if level != "operators" else 0)
 
 
 def _run_case(case: Case, setting: Setting, seconds: float) -> Row:
     """The correctness gate, then the time. What goes wrong is the row's `failure`."""
-    bytes_moved, error, copies, timing, failure = 0, math.nan, 0, None, None
+    bytes_moved, error, copies, timing, failure = 0, math.nan, 0, None, case.missing
+    errors: tuple[type[Exception], ...] = _ERRORS if case.variant in OURS else _PEER_ERRORS
     try:
-        bytes_moved, error = _check(case, setting)
-        if error <= case.limit:  # not so for NaN
-            copies, timing = _time(case, setting, bytes_moved, seconds)
-        else:
-            failure = f"its relative error of {error:.2g} is over {case.limit:g}"
-    except (RuntimeError, TritonError) as raised:
+        if not failure:
+            bytes_moved, error = _check(case, setting)
+            if error <= case.limit:  # not so for NaN
+                copies, timing = _time(case, setting, bytes_moved, seconds)
+            else:
+                failure = f"its relative error of {error:.2g} is over {case.limit:g}"
+    except errors as raised:
         failure = f"{type(raised).__name__}: {' '.join(str(raised).split())[:200]}"
     return Row(
+        model=setting.shape.name,
         op=case.op,
         variant=case.variant,
         runs=case.runs,
+        path=case.path,
         M=case.M,
         N=case.N,
         K=case.K,
         bytes=bytes_moved,
         flops=case.flops,
+        arithmetic=case.arithmetic,
         copies=copies,
         error=error if math.isfinite(error) else None,
         error_limit=case.limit,

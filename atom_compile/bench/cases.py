@@ -18,13 +18,18 @@ from .shapes import Shape
 SAME_ROUNDING, OTHER_ROUNDING, INT4 = 1e-2, 1e-1, 0.5
 
 
+FIRST_WEIGHT = 1000  # the index of the draw behind the first of several copies of a weight
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One variant ("baseline", "unfused" or "fused") of one operator at M tokens.
+    """One variant ("baseline", "unfused", "fused" or a peer's name) of one operator at M tokens.
 
     `function` is timed on what `inputs` draws. `observe(outputs, *inputs)` makes of its outputs
     what `reference(*inputs)` returns, and the two may be `limit` apart. `weight_bytes`: of what is
-    moved and not among the inputs' tensors. `flops`: 0 where memory alone bounds the time.
+    moved and not among the inputs' tensors. `flops`: 0 where memory alone bounds the time, and
+    `arithmetic` the tensor cores' rate that bounds them, "8-bit" or "16-bit". `path`: the kernel
+    that the operator chooses. `missing`: why it cannot run here, if it cannot.
     """
 
     op: str
@@ -40,6 +45,9 @@ class Case:
     limit: float
     weight_bytes: int = 0
     flops: int = 0
+    arithmetic: str = "16-bit"
+    path: str = ""
+    missing: str | None = None
 
 
 class Draw:
@@ -54,6 +62,17 @@ class Draw:
 
     def norm_weight(self, width: int) -> Tensor:
         return 1 + 0.1 * self.normal(width)
+
+    def integers(self, low: int, high: int, *size: int) -> Tensor:
+        """int8, from `low` to `high` - 1."""
+        return torch.randint(
+            low, high, size, generator=self._generator, device=self._device, dtype=torch.int8
+        )
+
+    def scale(self, *size: int) -> Tensor:
+        """float32 in 0.01 .. 0.02."""
+        uniform = torch.rand(size, generator=self._generator, device=self._device)
+        return 0.01 * (1 + uniform)
 
     def order(self, width: int) -> Tensor:
         return torch.randperm(width, generator=self._generator, device=self._device).int()
@@ -70,6 +89,8 @@ class Setting:
     dtype: torch.dtype
     batches: tuple[int, ...] = ()
     lengths: tuple[int, ...] = ()
+    peers: bool = False
+    only: tuple[str, ...] = ()  # operators; all if empty
 
     @property
     def baseline(self) -> str:
@@ -77,3 +98,15 @@ class Setting:
 
     def draw(self, index: int) -> Draw:
         return Draw(index, self.device, self.dtype)
+
+    def weight_draw(self, index: int) -> Draw:
+        """Other numbers than an input's, for weights that several cases share."""
+        return self.draw(FIRST_WEIGHT + index)
+
+
+_CHECKED_TOKENS = 64  # of a linear: its reference holds every group's sums at once
+
+
+def checked_tokens(setting: Setting, M: int) -> Tensor:
+    """The tokens of M, spread over all, that a linear's gate compares."""
+    return torch.linspace(0, M - 1, min(M, _CHECKED_TOKENS), device=setting.device).long()

@@ -66,6 +66,8 @@ def _layer_case(setting: Setting, variant: str, M: int, layer: Callable[[int], n
         observe=change,
         limit=_LIMITS[variant],
         weight_bytes=_weight_bytes(setting, variant),
+        flops=2 * M * sum(N * K for N, K in setting.shape.linears.values()),
+        arithmetic="16-bit" if variant == "baseline" else "8-bit",
     )
 
 

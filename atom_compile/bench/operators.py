@@ -1,4 +1,4 @@
-"""The operators of a decoder layer, three variants each:
+"""The operators of a decoder layer, three variants each, and beside the linears their peers:
 
     op            baseline   unfused                       fused
     each linear   F.linear   quantize, linear              linear, its input arriving quantized
@@ -13,7 +13,7 @@ uncompiled; only the decoder layer (layer.py) runs as the backend compiles it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,21 +23,30 @@ from torch.nn import functional as F
 from ..kernels import gated_quantize, linear, norm_quantize, quantize
 from ..kernels.packing import PackedWeight, dequantize, pack_weight
 from ..kernels.reorder import reorder
-from .cases import OTHER_ROUNDING, SAME_ROUNDING, Case, Draw, Setting
+from .cases import OTHER_ROUNDING, SAME_ROUNDING, Case, Draw, Setting, checked_tokens
+from .peers import PEERS, peer_case, peer_weights
 
 _EPS = 1e-5
-_CHECKED_TOKENS = 64  # of a linear: its reference holds every group's sums at once
+_LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+OPERATORS = (*_LINEARS, "norm", "silu_mul", "o_proj_input")
+GROUPS = {"linears": _LINEARS} | {op: (op,) for op in OPERATORS}  # what `only` may name
 
 
-def operator_cases(setting: Setting) -> list[Case]:
-    cases: list[Case] = []
-    for M in setting.tokens:
-        for op, (N, K) in setting.shape.linears.items():
-            cases += _linear_cases(setting, op, M, N, K)
-        cases += _norm_cases(setting, M)
-        cases += _silu_mul_cases(setting, M)
-        cases += _o_proj_input_cases(setting, M)
-    return cases
+def operator_cases(setting: Setting) -> Iterator[Case]:
+    """One operator after the other, so that only one operator's weights are in memory."""
+    wanted = [op for name in setting.only for op in GROUPS[name]] or OPERATORS
+    for op, (N, K) in setting.shape.linears.items():
+        if op in wanted:
+            yield from _linear_cases(setting, op, N, K)
+    quantizing = {
+        "norm": _norm_cases,
+        "silu_mul": _silu_mul_cases,
+        "o_proj_input": _o_proj_input_cases,
+    }
+    for op, cases in quantizing.items():
+        if op in wanted:
+            for M in setting.tokens:
+                yield from cases(setting, M)
 
 
 def _quantize_numbers(setting: Setting, width: int) -> tuple[int, int, int, float]:
@@ -47,14 +56,36 @@ def _quantize_numbers(setting: Setting, width: int) -> tuple[int, int, int, floa
     return bits, layout.group_size, layout.outlier_channels, clip
 
 
-def _linear_cases(setting: Setting, op: str, M: int, N: int, K: int) -> list[Case]:
-    dtype, scheme = setting.dtype, setting.scheme
-    numbers = _quantize_numbers(setting, K)
-    checked = torch.linspace(0, M - 1, min(M, _CHECKED_TOKENS), device=setting.device).long()
+def _linear_cases(setting: Setting, op: str, N: int, K: int) -> Iterator[Case]:
+    scheme, layout = setting.scheme, setting.scheme.layout(K)
 
-    def packed(draw: Draw) -> PackedWeight:
-        weight = draw.normal(N, K)
-        return pack_weight(weight, scheme.layout(K), scheme.weight_bits, scheme.weight_clip)
+    @functools.cache
+    def dense(index: int) -> Tensor:
+        return setting.weight_draw(index).normal(N, K)
+
+    @functools.cache
+    def packed(index: int) -> PackedWeight:
+        weight = setting.weight_draw(index).normal(N, K)
+        return pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
+
+    of_peers = peer_weights(setting, N, K)
+    for M in setting.tokens:
+        yield from _linear_cases_at(setting, op, M, N, K, dense, packed)
+        for peer in PEERS if setting.peers else ():
+            yield peer_case(peer, of_peers[peer.name], setting, op=op, M=M, N=N, K=K)
+
+
+def _linear_cases_at(
+    setting: Setting,
+    op: str,
+    M: int,
+    N: int,
+    K: int,
+    dense: Callable[[int], Tensor],
+    packed: Callable[[int], PackedWeight],
+) -> list[Case]:
+    dtype, layout, numbers = setting.dtype, setting.scheme.layout(K), _quantize_numbers(setting, K)
+    checked = checked_tokens(setting, M)
 
     def reference(codes: Tensor, scale: Tensor, *packed: Tensor) -> Tensor:
         arguments: tuple[Any, ...] = (codes[checked], scale[:, checked], *packed, None, None, dtype)
@@ -63,31 +94,49 @@ def _linear_cases(setting: Setting, op: str, M: int, N: int, K: int) -> list[Cas
     case = functools.partial(
         Case, op=op, M=M, N=N, K=K, observe=lambda out, *_: out[checked], limit=SAME_ROUNDING
     )
+    ours = functools.partial(
+        case,
+        flops=2 * M * N * layout.padded_width,
+        arithmetic="8-bit",
+        path=chosen_path(M, N, layout.num_groups, setting.device),
+    )
     return [
         case(
             variant="baseline",
             runs="F.linear",
-            inputs=lambda draw: (draw.normal(M, K), draw.normal(N, K)),
+            inputs=lambda draw: (draw.normal(M, K), dense(draw.index)),
             function=F.linear,
             reference=lambda x, weight: F.linear(x[checked].float(), weight.float()),
+            flops=2 * M * N * K,
         ),
-        case(
+        ours(
             variant="unfused",
             runs="atom.quantize, atom.linear",
-            inputs=lambda draw: (draw.normal(M, K), *packed(draw)),
+            inputs=lambda draw: (draw.normal(M, K), *packed(draw.index)),
             function=lambda x, *packed: linear.linear(
                 *quantize.quantize(x, *numbers), *packed, None, None, dtype
             ),
             reference=lambda x, *packed: reference(*quantize.reference(x, *numbers), *packed),
         ),
-        case(
+        ours(
             variant="fused",
             runs="atom.linear, its input arriving quantized",
-            inputs=lambda draw: (*quantize.reference(draw.normal(M, K), *numbers), *packed(draw)),
+            inputs=lambda draw: (
+                *quantize.reference(draw.normal(M, K), *numbers),
+                *packed(draw.index),
+            ),
             function=lambda *inputs: linear.linear(*inputs, None, None, dtype),
             reference=reference,
         ),
     ]
+
+
+def chosen_path(M: int, N: int, num_groups: int, device: torch.device) -> str:
+    """The kernel that `atom.linear` takes at these sizes."""
+    if device.type != "cuda":
+        return "reference"
+    describe: Callable[..., str] | None = getattr(linear, "describe", None)
+    return describe(M, N, num_groups, device) if describe else "triton int8"
 
 
 def _norm_cases(setting: Setting, M: int) -> list[Case]:

@@ -1,28 +1,30 @@
-"""What a benchmark run found, as a table, JSON and a plot."""
+"""What a benchmark run found; tables.py prints it, plot.py draws it."""
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
+import math
 import os
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 _WIDTH = 100
+OURS = ("baseline", "unfused", "fused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +32,22 @@ class Row:
     """One case: a time, or a `failure` that says why there is none.
 
     `error`: relative; None if there was nothing to compare or a NaN came out. `bytes`: each input
-    read once, each output written once. `flops`: 0 where they are not counted. `copies`: sets of
-    inputs that the timing rotated through.
+    read once, each output written once. `flops`: 0 where they are not counted; `arithmetic`: the
+    rate that bounds them. `path`: the kernel that was chosen. `copies`: sets of inputs that the
+    timing rotated through.
     """
 
+    model: str
     op: str
     variant: str
     runs: str
+    path: str
     M: int  # tokens; of attention, the cache's length
     N: int | None  # of a linear
     K: int
     bytes: int
     flops: int
+    arithmetic: str
     copies: int
     error: float | None
     error_limit: float
@@ -58,21 +64,62 @@ class Row:
     def tflop_per_s(self) -> float | None:
         return self.flops / self.median_us / 1e6 if self.flops and self.median_us else None
 
+    @property
+    def is_peer(self) -> bool:
+        return self.variant not in OURS
+
 
 @dataclass(frozen=True)
 class Result:
-    """The rows of one run, and where and how it ran."""
+    """The rows of one run, and where and how it ran.
+
+    An operator goes by its label: its name, after the model's if there are several.
+    """
 
     environment: dict[str, Any]
     rows: list[Row]
 
     @property
     def failures(self) -> list[str]:
-        return [f"{r.op}, {r.M} tokens, {r.variant}: {r.failure}" for r in self.rows if r.failure]
+        """Ours; a peer that cannot run is no failure of the run."""
+        return [
+            f"{self.label(r)}, {r.M} tokens, {r.variant}: {r.failure}"
+            for r in self.rows
+            if r.failure and not r.is_peer
+        ]
+
+    @property
+    def absent_peers(self) -> dict[tuple[str, str], list[Row]]:
+        """(peer, reason) -> the rows without a time."""
+        absent: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            if row.is_peer and row.failure:
+                absent.setdefault((row.variant, row.failure), []).append(row)
+        return absent
+
+    @functools.cached_property
+    def _by_label(self) -> dict[str, dict[int, dict[str, Row]]]:
+        found: dict[str, dict[int, dict[str, Row]]] = {}
+        for row in self.rows:
+            by_count = found.setdefault(self.label(row), {})
+            by_count.setdefault(row.M, {})[row.variant] = row
+        return found
+
+    def label(self, row: Row) -> str:
+        several = len({row.model for row in self.rows}) > 1
+        return f"{row.model} {row.op}" if several else row.op
 
     @property
     def ops(self) -> list[str]:
-        return list(dict.fromkeys(row.op for row in self.rows))
+        return list(self._by_label)
+
+    @property
+    def linears(self) -> list[str]:
+        return [op for op in self.ops if self.variants(op, self.counts(op)[0])["fused"].N]
+
+    @property
+    def peers(self) -> list[str]:
+        return list(dict.fromkeys(row.variant for row in self.rows if row.is_peer))
 
     @property
     def axis(self) -> str:
@@ -80,18 +127,34 @@ class Result:
         return "length" if "length" in self.environment else "tokens"
 
     def counts(self, op: str) -> list[int]:
-        return list(dict.fromkeys(row.M for row in self.rows if row.op == op))
+        return list(self._by_label[op])
 
     def variants(self, op: str, M: int) -> dict[str, Row]:
-        return {row.variant: row for row in self.rows if (row.op, row.M) == (op, M)}
+        return self._by_label[op].get(M, {})
 
     def speedup(self, row: Row) -> float | None:
         """Over the baseline; over the unfused variant of an operator that 16 bits do not have."""
-        variants = self.variants(row.op, row.M)
-        against = variants.get("baseline") or variants["unfused"]
+        against = self._against(row)
         if row is against or row.median_us is None or against.median_us is None:
             return None
         return against.median_us / row.median_us
+
+    def speedup_at_floor(self, row: Row) -> float | None:
+        """What `speedup` would be if the row took no longer than its floor."""
+        against = self._against(row)
+        floor = self.floor_us(row)
+        return against.median_us / floor if against.median_us and floor else None
+
+    def _against(self, row: Row) -> Row:
+        variants = self.variants(self.label(row), row.M)
+        return variants.get("baseline") or variants["unfused"]
+
+    def mean_speedup(self, variant: str, M: int, ops: Sequence[str]) -> float | None:
+        """The geometric mean over `ops`; None if one of them has no time."""
+        rows = [self.variants(op, M).get(variant) for op in ops]
+        speedups = [self.speedup(row) if row else None for row in rows]
+        known = [speedup for speedup in speedups if speedup is not None]
+        return statistics.geometric_mean(known) if known and len(known) == len(ops) else None
 
     def summary(self) -> str:
         """Where this was measured, in two lines."""
@@ -106,76 +169,19 @@ class Result:
         """Of the bandwidth of a copy, the share that the row's bytes are moved at."""
         return row.gb_per_s / self.environment["copy_gb_per_s"] if row.gb_per_s else None
 
-    def table(self) -> Table:
-        """One line for each operator and number of tokens, or length."""
-        over_cache = self.axis == "length"
-        of_fused = "bytes, their rate against a copy's," if over_cache else "GB/s"
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            title=self.summary(),
-            caption="median ± interquartile range; "
-            f"{of_fused} and relative error of the fused variant",
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )
-        times = f"{self.axis}|{self.environment['baseline']} us|unfused us|x|fused us|x"
-        for header in ("operator",) if over_cache else ("operator", "N x K"):
-            table.add_column(header, no_wrap=True)
-        times += "|MB|copy|TFLOP/s|error" if over_cache else "|GB/s|error"
-        for header in times.split("|"):
-            table.add_column(header, justify="right", no_wrap=True)
-        for op in self.ops:
-            for M in self.counts(op):
-                table.add_row(*self._cells(op, M))
-            table.add_section()
-        return table
+    def floor_us(self, row: Row) -> float:
+        """The roofline: no less than moving the bytes takes, or the arithmetic.
 
-    def _cells(self, op: str, M: int) -> list[str]:
-        variants = self.variants(op, M)
-        first = self.counts(op)[0] == M
-        fused = variants["fused"]
-        cells = [op if first else ""]
-        if self.axis == "tokens":
-            size = f"{fused.N} x {fused.K}" if fused.N else str(fused.K)
-            cells.append(size if first else "")
-        cells.append(str(M))
-        for name in ("baseline", "unfused", "fused"):
-            row = variants.get(name)
-            cells.append(_time_cell(row))
-            if name != "baseline":
-                cells.append(_number(self.speedup(row) if row else None, ".2f"))
-        if self.axis == "tokens":
-            cells.append(_number(fused.gb_per_s, ".0f"))
-        else:
-            cells.append(_number(fused.bytes / 1e6, ".3g"))
-            cells.append(_number(self.copy_share(fused), ".0%"))
-            cells.append(_number(fused.tflop_per_s, ".0f"))
-        return [*cells, _number(fused.error, ".0e")]
+        Bytes at the faster of a copy's and a read's rate.
+        """
+        e = self.environment
+        gb_per_s: float = max(e["copy_gb_per_s"], e["read_gb_per_s"])
+        tera_ops: float = e["tera_ops_per_s"].get(row.arithmetic, math.inf)
+        return max(row.bytes / gb_per_s / 1e3, row.flops / tera_ops / 1e6)
 
-    def print(self, console: Console) -> None:
-        """The table, which attention was the baseline, and what failed."""
-        console.print(self.table())
-        if self.axis == "length":
-            for runs, rows in self._baselines().items():
-                console.print(f"baseline of {', '.join(rows)}: {runs}", highlight=False)
-        by_events = sum(row.timing == "events" for row in self.rows)
-        if by_events:
-            console.print(
-                f"{by_events} times include launch gaps: their graphs could not be captured"
-            )
-        for failure in self.failures:
-            console.print(f"[red]failed[/red] {failure}", highlight=False)
-
-    def _baselines(self) -> dict[str, list[str]]:
-        """What ran, and for which operators and lengths."""
-        rows: dict[str, list[str]] = {}
-        for row in self.rows:
-            if row.variant == "baseline":
-                phase, _, batch = row.op.split()
-                named = rows.setdefault(row.runs, [])
-                if (name := f"{phase} {batch} {row.M}") not in named:
-                    named.append(name)
-        return rows
+    def floor_share(self, row: Row) -> float | None:
+        """How much of the row's time its floor is: 1 is as fast as the device can."""
+        return self.floor_us(row) / row.median_us if row.median_us else None
 
     def to_json(self) -> str:
         rows = [
@@ -184,50 +190,65 @@ class Result:
                 "gb_per_s": row.gb_per_s,
                 "copy_share": self.copy_share(row),
                 "tflop_per_s": row.tflop_per_s,
+                "floor_us": self.floor_us(row) if row.bytes else None,
+                "floor_share": self.floor_share(row),
                 "speedup": self.speedup(row),
             }
             for row in self.rows
         ]
-        return json.dumps({"environment": self.environment, "rows": rows}, indent=1)
+        means = {
+            M: {
+                variant: self.mean_speedup(variant, M, self.linears)
+                for variant in ("unfused", "fused", *self.peers)
+            }
+            for M in (self.counts(self.linears[0]) if self.linears else ())
+        }
+        record = {
+            "environment": self.environment,
+            "mean_speedups_of_linears": means,
+            "rows": rows,
+        }
+        return json.dumps(record, indent=1)
+
+    def print(self, console: Console) -> None:
+        from .tables import print_result
+
+        print_result(self, console)
 
     def save(self, folder: Path | str) -> list[Path]:
         """Writes `<model>-<scheme>-<level>-<device>` as .json, .txt and .png, each whole or not."""
         from .plot import plot
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         e = self.environment
-        name = "-".join([e["model"], e["scheme_name"], e["level"], e["device"]])
-        stem = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
-        writers: dict[str, Callable[[Path], object]] = {
-            "json": lambda path: path.write_text(self.to_json() + "\n"),
-            "txt": self._write_table,
-            "png": lambda path: plot(self, path),
-        }
-        paths = [folder / f"{stem}.{suffix}" for suffix in writers]
-        for path, write in zip(paths, writers.values(), strict=True):
-            _write_whole(path, write)
-        return paths
-
-    def _write_table(self, path: Path) -> None:
-        with path.open("w") as file:
-            self.print(Console(file=file, width=_WIDTH))
+        return save_files(
+            Path(folder),
+            [e["model"], e["scheme_name"], e["level"], e["device"]],
+            {
+                "json": lambda path: path.write_text(self.to_json() + "\n"),
+                "txt": lambda path: print_to(path, self.print),
+                "png": lambda path: plot(self, path),
+            },
+        )
 
 
-def _time_cell(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    if row.median_us is None or row.iqr_us is None:
-        return "[red]failed[/red]"
-    digits = 1 if row.median_us < 1000 else 0
-    return f"{row.median_us:.{digits}f}±{row.iqr_us:.{digits}f}"
+def save_files(
+    folder: Path, name: Sequence[str], writers: dict[str, Callable[[Path], object]]
+) -> list[Path]:
+    """One file for each suffix, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^a-z0-9.]+", "-", "-".join(name).lower()).strip("-.")
+    paths = [folder / f"{stem}.{suffix}" for suffix in writers]
+    for path, write in zip(paths, writers.values(), strict=True):
+        write_whole(path, write)
+    return paths
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
+def print_to(path: Path, print_on: Callable[[Console], None]) -> None:
+    with path.open("w") as file:
+        print_on(Console(file=file, width=_WIDTH))
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Through a temporary name beside it, so that a reader never sees half a file."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".atom-bench-") as folder:
         unfinished = Path(folder) / path.name

@@ -10,7 +10,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +62,72 @@ def measure(calls: Sequence[Call], device: torch.device, seconds: float) -> Timi
     return _summary(samples, passes * len(calls), how)
 
 
-def copy_bandwidth(device: torch.device) -> float:
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reaches on large tensors, measured.
+
+    `copy_gb_per_s` counts bytes read and bytes written. `tera_ops_per_s`: by the width of the
+    operands of a matrix product, "8-bit" (the faster of FP8 and INT8) and "16-bit".
+    """
+
+    copy_gb_per_s: float
+    read_gb_per_s: float
+    tera_ops_per_s: dict[str, float]
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    size = 8192 if device.type == "cuda" else 256
+    rates: dict[str, float] = {}
+    for width, call in _large_products(size, device, dtype):
+        try:
+            rate = 2 * size**3 / measure([call], device, 0.05).median_us / 1e6
+        except RuntimeError:  # a product that this device or build does not have
+            continue
+        rates[width] = max(rate, rates.get(width, 0.0))
+    return Ceilings(
+        copy_gb_per_s=round(_copy_bandwidth(device), 1),
+        read_gb_per_s=round(_read_bandwidth(device), 1),
+        tera_ops_per_s={width: round(rate, 3) for width, rate in rates.items()},
+    )
+
+
+def _large_products(
+    size: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, Call]]:
+    """Width of the operands, and a square matrix product of random ones."""
+    pair = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)]
+    yield "16-bit", functools.partial(torch.mm, *pair)
+    integers = [(32 * x).clamp(-127, 127).to(torch.int8) for x in pair]
+    yield "8-bit", lambda: torch._int_mm(integers[0], integers[1].t())
+    if device.type == "cuda":
+        floats = [x.to(torch.float8_e4m3fn) for x in pair]
+        scale = torch.ones(size, 1, device=device)
+        yield (
+            "8-bit",
+            lambda: torch._scaled_mm(
+                floats[0], floats[1].t(), scale, scale.t(), out_dtype=dtype, use_fast_accum=True
+            ),
+        )
+
+
+def _copy_bandwidth(device: torch.device) -> float:
     """Bytes read plus bytes written by a large copy on the device, in GB/s."""
-    size = 1 << 30 if device.type == "cuda" else 64 << 20
+    size = _large_size(device)
     pairs = [torch.ones(2, size, dtype=torch.uint8, device=device) for _ in range(2)]
     calls = [functools.partial(torch.Tensor.copy_, *pair) for pair in pairs]
     return 2 * size / measure(calls, device, 0.05).median_us / 1e3
+
+
+def _read_bandwidth(device: torch.device) -> float:
+    """Bytes read by a large sum, in GB/s."""
+    size = _large_size(device)
+    tensors = [torch.ones(size // 4, device=device) for _ in range(2)]
+    calls = [functools.partial(torch.sum, tensor) for tensor in tensors]
+    return size / measure(calls, device, 0.05).median_us / 1e3
+
+
+def _large_size(device: torch.device) -> int:
+    return 1 << 30 if device.type == "cuda" else 64 << 20
 
 
 def _run(calls: Sequence[Call], passes: int) -> None:
