@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from . import bench as benchmark
+from .bench.model_result import ModelResult
 from .calibrate import calibrate as calibrate_model
 from .errors import AtomError, OptionError
 from .evaluate import text_windows
@@ -133,17 +134,20 @@ def bench(
         str | None, typer.Option(help="Numbers of tokens, separated by commas: 1,16,64.")
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(help="For attention: numbers of sequences, such as 1,32.")
+        str | None,
+        typer.Option(help="For attention and a model: numbers of sequences, such as 1,32."),
     ] = None,
     length: Annotated[
-        str | None, typer.Option(help="For attention: how many tokens are cached: 2048,8192.")
+        str | None,
+        typer.Option(help="For attention and a model: how many tokens are cached: 2048,8192."),
     ] = None,
     scheme: SchemeName = "w4a4",
     level: Annotated[
         str,
         typer.Option(
             help="operators: one by one; layer: a whole decoder layer; all: both. attention: over "
-            "a KV cache, or one part of it: decode, prefill, append."
+            "a KV cache, or one part of it: decode, prefill, append. model: a whole model with "
+            "random weights."
         ),
     ] = "all",
     only: Annotated[
@@ -165,31 +169,76 @@ def bench(
         typer.Option(help="The folder for the table (.txt), the numbers (.json), the plot (.png)."),
     ] = Path("benchmarks"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens and repetitions.")] = False,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="For a model: how many layers, if not all of them.")
+    ] = None,
+    phases: Annotated[
+        str | None, typer.Option(help="For a model: decode or prefill; by default both.")
+    ] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(
+            help="For a model: of baseline (16 bits, max-autotune), inductor (16 bits, "
+            "reduce-overhead), static (INT4, 16-bit cache), kv4 (INT4, INT4 cache), which."
+        ),
+    ] = None,
+    warm_cache: Annotated[
+        bool, typer.Option("--warm-cache", help="For a model: time first calls a second time.")
+    ] = False,
 ) -> None:
     """Time fused operators against plain ones against 16 bits, each after a correctness check.
 
     Exits with status 1 if a check fails.
     """
     console = _console()
-    result = benchmark.run(
-        _parse_names(model),
-        tokens=_parse_numbers("tokens", tokens),
-        batch=_parse_numbers("batch", batch),
-        length=_parse_numbers("length", length),
-        scheme=scheme,
-        level=level,
-        only=_parse_names(only),
-        peers=peers,
-        device=device,
-        quick=quick,
-        console=console,
-    )
+    of_model = {"layers": layers, "phases": phases, "variants": variants, "warm_cache": warm_cache}
+    of_others = {"tokens": tokens, "only": only, "peers": peers}
+    _refuse_options(level, of_others if level == "model" else of_model)
+    result: benchmark.Result | ModelResult
+    if level == "model":
+        result = benchmark.run_model(
+            *_parse_names(model)[:1],
+            layers=layers,
+            variants=_parse_names(variants),
+            phases=_parse_names(phases),
+            batch=_parse_numbers("batch", batch),
+            length=_parse_numbers("length", length),
+            scheme=scheme,
+            device=device,
+            warm_cache=warm_cache,
+            quick=quick,
+            console=console,
+            on_rows=lambda so_far: so_far.save(out),
+        )
+    else:
+        result = benchmark.run(
+            _parse_names(model),
+            tokens=_parse_numbers("tokens", tokens),
+            batch=_parse_numbers("batch", batch),
+            length=_parse_numbers("length", length),
+            scheme=scheme,
+            level=level,
+            only=_parse_names(only),
+            peers=peers,
+            device=device,
+            quick=quick,
+            console=console,
+        )
     paths = result.save(out)
     result.print(console)
     for path in paths:
         console.print(f"wrote {path}", soft_wrap=True)
     if result.failures:
         raise typer.Exit(1)
+
+
+def _refuse_options(level: str, given: dict[str, Any]) -> None:
+    """Raises OptionError if one of those that the level does not go by was given."""
+    for name, value in given.items():
+        if value not in (None, False):
+            raise OptionError(
+                f"level {level!r} does not go by --{name.replace('_', '-')}: leave it out"
+            )
 
 
 def _console() -> Console:

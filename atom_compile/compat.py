@@ -63,6 +63,13 @@ def inductor_options() -> set[str]:
     return set(list_options())
 
 
+def cudagraph_skips() -> int:
+    """How many graphs of this process Inductor did not put into a CUDA graph."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["inductor"]["cudagraph_skips"])
+
+
 def modules_being_compiled() -> dict[str, torch.nn.Module]:
     """The modules among the local variables of the frame being compiled, by name.
 

@@ -22,15 +22,15 @@ from ..scheme import Scheme
 from . import attention
 from .cases import Case, Setting
 from .layer import layer_cases
+from .model import run_model
 from .operators import GROUPS, operator_cases
 from .result import OURS, Result, Row, describe_environment
-from .shapes import Shape, find_shape
+from .shapes import DEFAULT_MODEL, Shape, find_device, find_shape
 from .timing import Timing, copies_past_cache, measure, measure_ceilings
 
-__all__ = ["Result", "Row", "Shape", "run"]
+__all__ = ["Result", "Row", "Shape", "run", "run_model"]
 
 LEVELS = ("operators", "layer", "all", *attention.LEVELS)
-DEFAULT_MODEL = {"cuda": "llama3-8b", "cpu": "prose-llama-5m"}
 DEFAULT_TOKENS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096), "cpu": (1, 16, 64)}
 QUICK_TOKENS = (1, 16)
 DEFAULT_BATCHES = {"cuda": (1, 32), "cpu": (1, 2)}
@@ -117,12 +117,7 @@ def _setting(
     device_name: str | None,
     quick: bool,
 ) -> Setting:
-    device_name = device_name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device_name.partition(":")[0] not in DEFAULT_MODEL:
-        raise OptionError(unknown("device", device_name, DEFAULT_MODEL))
-    device = torch.device(device_name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device 'cuda': PyTorch sees no GPU here. Use device 'cpu'.")
+    device = find_device(device_name)
     tokens = tokens or (QUICK_TOKENS if quick else DEFAULT_TOKENS[device.type])
     return Setting(
         shape=find_shape(DEFAULT_MODEL[device.type]),

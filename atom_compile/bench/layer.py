@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..backend import atom
 from ..kernels.packing import GroupLayout
 from .cases import INT4, Case, Draw, Setting
-from .shapes import Shape
+from .shapes import llama_config
 
 _MOST_LAYERS = 4  # to rotate through
 # fused against unfused would say little: Inductor rounds the unfused norm elsewhere, and a bfloat16
@@ -75,13 +75,9 @@ def _compiled_layer(setting: Setting, variant: str, index: int) -> nn.Module:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     with torch.device("meta"):
-        layer: nn.Module = LlamaDecoderLayer(_config(setting.shape), layer_idx=0)
+        layer: nn.Module = LlamaDecoderLayer(llama_config(setting.shape), layer_idx=0)
     layer = layer.to(setting.dtype).to_empty(device=setting.device).eval()
-    draw = setting.draw(1 + index + _MOST_LAYERS)  # other numbers than the layer's input
-    for weight in layer.parameters():
-        size = weight.shape
-        random = draw.norm_weight(*size) if len(size) == 1 else draw.normal(*size) * size[1] ** -0.5
-        weight.copy_(random)
+    fill_randomly(layer, setting.weight_draw(index))
     if variant == "baseline":
         layer.compile(fullgraph=True)
     else:
@@ -90,28 +86,21 @@ def _compiled_layer(setting: Setting, variant: str, index: int) -> nn.Module:
     return layer
 
 
+def fill_randomly(module: nn.Module, draw: Draw) -> None:
+    """Weights that keep the size of what they are multiplied by."""
+    for weight in module.parameters():
+        size = weight.shape
+        random = draw.norm_weight(*size) if len(size) == 1 else draw.normal(*size) * size[1] ** -0.5
+        weight.copy_(random)
+
+
 def _rotary(setting: Setting) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = LlamaRotaryEmbedding(
-        _config(setting.shape)
+        llama_config(setting.shape)
     )
     return rotary
-
-
-def _config(shape: Shape) -> Any:
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        num_hidden_layers=1,
-    )
-    config._attn_implementation = "sdpa"
-    return config
 
 
 def _weight_bytes(setting: Setting, variant: str) -> int:

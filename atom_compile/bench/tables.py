@@ -47,7 +47,7 @@ def _operator_table(result: Result) -> Table:
     )
     times = f"{result.axis}|{result.environment['baseline']} us|unfused us|x|fused us|x"
     times += "|MB|copy|TFLOP/s|error" if over_cache else "|floor us|of it|error|kernel"
-    table = _table(
+    table = make_table(
         ["operator"],
         times.split("|"),
         title=result.summary(),
@@ -82,22 +82,22 @@ def _operator_cells(result: Result, op: str, M: int) -> list[str]:
         row = variants.get(name)
         cells.append(_time_cell(row, spread=name != "unfused"))
         if name != "baseline":
-            cells.append(_number(result.speedup(row) if row else None, ".2f"))
+            cells.append(number(result.speedup(row) if row else None, ".2f"))
     if result.axis == "tokens":
         floor = result.floor_us(fused)
-        cells.append(_number(floor if fused.bytes else None, ".0f" if floor >= 100 else ".1f"))
-        cells.append(_number(result.floor_share(fused), ".0%"))
-        return [*cells, _number(fused.error, ".0e"), fused.path]
-    cells.append(_number(fused.bytes / 1e6, ".3g"))
-    cells.append(_number(result.copy_share(fused), ".0%"))
-    cells.append(_number(fused.tflop_per_s, ".0f"))
-    return [*cells, _number(fused.error, ".0e")]
+        cells.append(number(floor if fused.bytes else None, ".0f" if floor >= 100 else ".1f"))
+        cells.append(number(result.floor_share(fused), ".0%"))
+        return [*cells, number(fused.error, ".0e"), fused.path]
+    cells.append(number(fused.bytes / 1e6, ".3g"))
+    cells.append(number(result.copy_share(fused), ".0%"))
+    cells.append(number(fused.tflop_per_s, ".0f"))
+    return [*cells, number(fused.error, ".0e")]
 
 
 def _peer_table(result: Result) -> Table:
     """Speed-ups of ours and of every peer over the baseline."""
     baseline = result.environment["baseline"]
-    table = _table(
+    table = make_table(
         ["linear"],
         ["tokens", f"{baseline} us", "ours", *result.peers],
         title=f"speed-up over {baseline}, ours and peers",
@@ -109,9 +109,9 @@ def _peer_table(result: Result) -> Table:
         for M, line in zip(counts, _operator_lines(result, op, len(counts)), strict=True):
             variants = result.variants(op, M)
             rows = [variants.get(name) for name in ("fused", *result.peers)]
-            speedups = [_number(result.speedup(row) if row else None, ".2f") for row in rows]
+            speedups = [number(result.speedup(row) if row else None, ".2f") for row in rows]
             floor = result.speedup_at_floor(variants["fused"])
-            cells = [*speedups, _number(floor, ".3g")]
+            cells = [*speedups, number(floor, ".3g")]
             table.add_row(line, str(M), _time_cell(variants.get("baseline")), *cells)
         table.add_section()
     return table
@@ -121,7 +121,7 @@ def _mean_table(result: Result) -> Table:
     """Geometric means over the linears, for each number of tokens."""
     linears = result.linears
     largest = sorted(linears, key=lambda op: _weight_size(result, op))[-_LARGEST:]
-    table = _table(
+    table = make_table(
         [],
         ["tokens", "ours", f"largest {_LARGEST}", "least", *result.peers],
         title=f"geometric mean of the speed-ups over {len(linears)} linears",
@@ -136,7 +136,7 @@ def _mean_table(result: Result) -> Table:
             least,
             *(result.mean_speedup(peer, M, linears) for peer in result.peers),
         ]
-        table.add_row(str(M), *(_number(mean, ".2f") for mean in means))
+        table.add_row(str(M), *(number(mean, ".2f") for mean in means))
     return table
 
 
@@ -157,7 +157,7 @@ def _baselines(result: Result) -> dict[str, list[str]]:
     return rows
 
 
-def _table(left: Sequence[str], right: Sequence[str], *, title: str, caption: str) -> Table:
+def make_table(left: Sequence[str], right: Sequence[str], *, title: str, caption: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, caption=caption, pad_edge=False, padding=0)
     for header in left:
         table.add_column(header, no_wrap=True, min_width=_LEFT_WIDTH)
@@ -176,5 +176,5 @@ def _time_cell(row: Row | None, spread: bool = True) -> str:
     return f"{median}±{row.iqr_us:.{digits}f}" if spread else median
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
