@@ -1,4 +1,4 @@
-"""`atom-compile explain | bench | calibrate`."""
+"""`atom-compile explain | bench | calibrate | tune`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from rich.console import Console
 from torch import Tensor
 
 from . import bench as benchmark
+from . import tune as tuning
 from .bench.model_result import ModelResult
+from .bench.shapes import find_device
 from .calibrate import calibrate as calibrate_model
 from .errors import AtomError, OptionError
 from .evaluate import text_windows
 from .explain import explain as explain_model
+from .kernels import tuning as kernel_tuning
 from .kv_cache import KVCache
 
 P = ParamSpec("P")
@@ -230,6 +233,59 @@ def bench(
         console.print(f"wrote {path}", soft_wrap=True)
     if result.failures:
         raise typer.Exit(1)
+
+
+@app.command()
+@_reports_errors
+def tune(
+    model: Annotated[
+        str, typer.Option(help="Whose linears: one or more of llama3-8b, llama3-70b, ...")
+    ] = ",".join(tuning.DEFAULT_MODELS),
+    tokens: Annotated[
+        str | None, typer.Option(help="Powers of two, separated by commas; 1 to 8192 by default.")
+    ] = None,
+    scheme: SchemeName = "w4a4",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for the file; by default the package's own, which is read."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Try fewer launches of each size.")
+    ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure sizes that the file has once more.")
+    ] = False,
+) -> None:
+    """Find the fastest launches of the INT4 linear on this GPU, size by size.
+
+    May be interrupted, and goes on where it was.
+    """
+    if find_device(None).type != "cuda":
+        raise OptionError("there is nothing to tune without a GPU: PyTorch sees none here")
+    console = _console()
+    folder = out or kernel_tuning.FOLDER
+    outcomes = tuning.tune(
+        _parse_names(model),
+        tokens=_parse_numbers("tokens", tokens) or tuning.DEFAULT_TOKENS,
+        scheme=scheme,
+        folder=folder,
+        quick=quick,
+        again=again,
+        console=console,
+    )
+    for outcome in outcomes:
+        console.print(_tuned_line(outcome), soft_wrap=True, highlight=False)
+    console.print(f"wrote {kernel_tuning.path_for(find_device(None), folder)}", soft_wrap=True)
+
+
+def _tuned_line(outcome: tuning.Outcome) -> str:
+    (M, N, K), row = outcome.size, outcome.row
+    rejected = f", {outcome.rejected} do not run or agree" if outcome.rejected else ""
+    tiling = " ".join(f"{name} {value}" for name, value in row["tiling"].items())
+    return (
+        f"{N} x {K}, {M} tokens: {row['us']} us, by default {row['default_us']} "
+        f"({row['path']}: {tiling}; of {outcome.candidates}{rejected})"
+    )
 
 
 def _refuse_options(level: str, given: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .library import define
 from .packing import unpack_int4
 
@@ -235,6 +236,9 @@ def linear_kernel(
         tl.store(out_ptr + at, out, mask=live)
 
 
+PATH = "triton int8"  # what tables and tuned launches call this kernel
+
+
 class Tiling(NamedTuple):
     """How one launch cuts the product; see linear_kernel."""
 
@@ -259,6 +263,31 @@ def default_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> Til
     most = 8 if block_m <= 32 else 4
     split_k = max(1, min(resident // tiles, num_groups // fewest_groups, lightest, most))
     return Tiling(block_n, block_m, 1 << (split_k.bit_length() - 1))
+
+
+def candidates(M: int, N: int, num_groups: int) -> list[tuple[str, Tiling]]:
+    """(path, tiling) that tuning measures, the likeliest first: around what serves such sizes."""
+    block_m = min(max(8, triton.next_power_of_2(M)), 128)
+    widths = [block for block in (64, 128, 32, 256) if block * block_m <= 128 * 128]
+    heights = [block_m] if block_m < 128 else [128, 64]
+    splits = [split for split in (1, 2, 4, 8, 16) if split <= num_groups // 2 and split * M <= 2048]
+    return [
+        (PATH, Tiling(block_n, height, split_k, num_warps, num_stages))
+        for num_warps in (4, 8)
+        for num_stages in (3, 4, 2, 5)
+        for height in heights
+        for block_n in widths
+        for split_k in splits or [1]
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tiling(M: int, N: int, num_groups: int, group_size: int, device: torch.device) -> Tiling:
+    """The tuned one, where there is one."""
+    tuned = tuning.find(device, M, N, num_groups, group_size)
+    if tuned and tuned.path == PATH and set(tuned.tiling) == set(Tiling._fields):
+        return Tiling(**tuned.tiling)
+    return default_tiling(M, N, num_groups, _multiprocessors(device))
 
 
 @functools.cache
@@ -327,7 +356,7 @@ def launch(
         return out
     if residual is not None:
         residual = residual.expand(out.shape).contiguous()
-    tiling = tiling or default_tiling(M, N, num_groups, _multiprocessors(codes.device))
+    tiling = tiling or choose_tiling(M, N, num_groups, 2 * half_group, codes.device)
     tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, tiling.block_n)
     partial, arrivals = out, out
     if tiling.split_k > 1:

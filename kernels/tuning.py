@@ -1,0 +1,81 @@
+"""Tuned launches: data in `tuned/<device>.json`, one row for each operator size and token count.
+
+    {"N": 6144, "num_groups": 31, "group_size": 128, "M": 16, "path": "triton int8",
+     "tiling": {"block_n": 64, ...}, "us": 9.1, "default_us": 10.3}
+
+A row serves M/2 + 1 .. M tokens; `M` is a power of two. `atom-compile tune` writes the file. What
+is not in it gets the operator's default, at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+FOLDER = Path(__file__).parent / "tuned"
+_ENOUGH_TOKENS = 1024  # to fill a device: more of them are launched as these are
+
+Row = dict[str, Any]
+
+
+class Tuned(NamedTuple):
+    """A kernel, by the name of its path, and the fields of its tiling."""
+
+    path: str
+    tiling: Mapping[str, int]
+
+
+def find(device: torch.device, M: int, N: int, num_groups: int, group_size: int) -> Tuned | None:
+    """What was measured fastest on this device for these sizes, if it was measured."""
+    by_tokens = _rows_by_size(device).get((N, num_groups, group_size))
+    if not by_tokens:
+        return None
+    most = max(by_tokens)
+    tokens = 1 << (M - 1).bit_length()
+    row = by_tokens.get(most if tokens > most >= _ENOUGH_TOKENS else tokens)
+    return Tuned(row["path"], row["tiling"]) if row else None
+
+
+@functools.cache
+def _rows_by_size(device: torch.device) -> dict[tuple[int, int, int], dict[int, Row]]:
+    if device.type != "cuda":
+        return {}
+    rows = read_rows(path_for(device))
+    if not rows:
+        warnings.warn(
+            f"atom: no tuned launches for {device_name(device)}; default ones are used. "
+            "`atom-compile tune` measures them.",
+            stacklevel=2,
+        )
+    by_size: dict[tuple[int, int, int], dict[int, Row]] = {}
+    for row in rows:
+        size = row["N"], row["num_groups"], row["group_size"]
+        by_size.setdefault(size, {})[row["M"]] = row
+    return by_size
+
+
+forget = _rows_by_size.cache_clear
+"""Reads the files anew at the next look-up."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    rows: list[Row] = json.loads(path.read_text())["linear"]
+    return rows
+
+
+def path_for(device: torch.device, folder: Path = FOLDER) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return folder / f"{slug}.json"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,99 @@
+"""Which tuned row serves which sizes, and what happens without one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from atom_compile.kernels import linear, tuning
+
+GPU = torch.device("cuda", 0)
+
+
+def row(M: int, **changed: Any) -> dict[str, Any]:
+    tiling = linear.Tiling(64, 16, 2)._replace(num_warps=8)._asdict()
+    size = {"N": 6144, "num_groups": 31, "group_size": 128}
+    return {**size, "M": M, "path": linear.PATH, "tiling": tiling, **changed}
+
+
+@pytest.fixture
+def device_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Of a device that this machine need not have; nothing in it yet."""
+    monkeypatch.setattr(tuning, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(tuning.path_for, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(linear, "_multiprocessors", lambda _: 132)
+    _forget()
+    yield tuning.path_for(GPU)
+    _forget()
+
+
+def _forget() -> None:
+    tuning.forget()
+    linear.choose_tiling.cache_clear()
+
+
+def _write(path: Path, *rows: dict[str, Any]) -> None:
+    path.write_text(json.dumps({"linear": rows}))
+
+
+def test_the_file_is_named_after_the_device(device_file: Path) -> None:
+    assert device_file.name == "nvidia-h100-80gb-hbm3.json"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "served_by"), [(1, 1), (2, None), (9, 16), (16, 16), (17, None), (9999, 1024)]
+)
+def test_a_row_serves_down_to_half_its_tokens_and_the_last_all_above(
+    device_file: Path, tokens: int, served_by: int | None
+) -> None:
+    _write(device_file, *(row(M, path=str(M)) for M in (1, 16, 1024)))
+    found = tuning.find(GPU, tokens, 6144, 31, 128)
+    assert (found and found.path) == (str(served_by) if served_by else None)
+
+
+def test_few_tokens_serve_no_more_of_them(device_file: Path) -> None:
+    _write(device_file, row(16))
+    assert tuning.find(GPU, 4096, 6144, 31, 128) is None
+
+
+@pytest.mark.parametrize("size", [(4096, 31, 128), (6144, 32, 128), (6144, 31, 64)])
+def test_other_sizes_have_the_default(device_file: Path, size: tuple[int, int, int]) -> None:
+    _write(device_file, row(16))
+    assert tuning.find(GPU, 16, *size) is None
+    N, num_groups, group_size = size
+    chosen = linear.choose_tiling(16, N, num_groups, group_size, GPU)
+    assert chosen == linear.default_tiling(16, N, num_groups, 132)
+
+
+def test_a_launch_takes_the_tuned_tiling(device_file: Path) -> None:
+    _write(device_file, row(16))
+    assert linear.choose_tiling(12, 6144, 31, 128, GPU) == linear.Tiling(64, 16, 2, num_warps=8)
+
+
+def test_a_tiling_of_other_fields_is_no_tiling_of_this_version(device_file: Path) -> None:
+    _write(device_file, row(16, tiling={"block": 64}))
+    chosen = linear.choose_tiling(16, 6144, 31, 128, GPU)
+    assert chosen == linear.default_tiling(16, 6144, 31, 132)
+
+
+@pytest.mark.usefixtures("device_file")
+def test_an_untuned_device_is_told_the_command_once() -> None:
+    with pytest.warns(UserWarning, match="no tuned launches for NVIDIA H100.*atom-compile tune"):
+        tuning.find(GPU, 1, 6144, 31, 128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuning.find(GPU, 2, 4096, 31, 128) is None
+        assert tuning.find(torch.device("cpu"), 2, 4096, 31, 128) is None
+
+
+def test_candidates_differ_and_fit_the_sizes() -> None:
+    for M in (1, 16, 300, 8192):
+        found = linear.candidates(M, 4096, 31)
+        assert len(found) == len(set(found)) > 8
+        assert all(path == linear.PATH and tiling.split_k <= 15 for path, tiling in found)
