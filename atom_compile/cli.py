@@ -15,6 +15,7 @@ from torch import Tensor
 from . import bench as benchmark
 from . import tune as tuning
 from .bench.model_result import ModelResult
+from .bench.overhead import OverheadResult
 from .bench.shapes import find_device
 from .calibrate import calibrate as calibrate_model
 from .errors import AtomError, OptionError
@@ -150,7 +151,7 @@ def bench(
         typer.Option(
             help="operators: one by one; layer: a whole decoder layer; all: both. attention: over "
             "a KV cache, or one part of it: decode, prefill, append. model: a whole model with "
-            "random weights."
+            "random weights. overhead: the host's time for a call."
         ),
     ] = "all",
     only: Annotated[
@@ -197,8 +198,11 @@ def bench(
     of_model = {"layers": layers, "phases": phases, "variants": variants, "warm_cache": warm_cache}
     of_others = {"tokens": tokens, "only": only, "peers": peers}
     _refuse_options(level, of_others if level == "model" else of_model)
-    result: benchmark.Result | ModelResult
-    if level == "model":
+    result: benchmark.Result | ModelResult | OverheadResult
+    if level == "overhead":
+        _refuse_options(level, of_others | {"model": model, "batch": batch, "length": length})
+        result = benchmark.run_overhead(scheme=scheme, device=device, quick=quick, console=console)
+    elif level == "model":
         result = benchmark.run_model(
             *_parse_names(model)[:1],
             layers=layers,

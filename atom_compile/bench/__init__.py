@@ -24,11 +24,12 @@ from .cases import Case, Setting
 from .layer import layer_cases
 from .model import run_model
 from .operators import GROUPS, operator_cases
+from .overhead import run_overhead
 from .result import OURS, Result, Row, describe_environment
 from .shapes import DEFAULT_MODEL, Shape, find_device, find_shape
 from .timing import Timing, copies_past_cache, measure, measure_ceilings
 
-__all__ = ["Result", "Row", "Shape", "run", "run_model"]
+__all__ = ["Result", "Row", "Shape", "run", "run_model", "run_overhead"]
 
 LEVELS = ("operators", "layer", "all", *attention.LEVELS)
 DEFAULT_TOKENS = {"cuda": (1, 4, 16, 64, 256, 1024, 4096), "cpu": (1, 16, 64)}

@@ -208,7 +208,7 @@ def measure_variant(plan: Plan) -> Iterator[ModelRow]:
         device=device,
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
     )
-    model = _random_model(setting)
+    model = random_model(setting)
     for phase, batch in plan.cases:
         case = _Case(plan, setting, model, phase, batch)
         try:
@@ -370,7 +370,7 @@ class _Clock:
         return [a.elapsed_time(b) for a, b in pairs]
 
 
-def _random_model(setting: Setting) -> Any:
+def random_model(setting: Setting) -> Any:
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

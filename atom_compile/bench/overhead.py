@@ -1,0 +1,178 @@
+"""What a call costs the host: operators at one token, launched one after the other.
+
+    operator   torch.ops.atom.x(...), as a graph without CUDA graphs calls it
+    launcher   the function that PyTorch's dispatcher ends up in, called directly
+
+The device is left to catch up between samples and nothing waits for it within one; its queue is
+longer than a sample. On a CPU both are the references, and the time is that of computing.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch.nn import functional as F
+
+from ..kernels import gated_quantize, linear, norm_quantize, quantize
+from ..kernels.packing import pack_weight
+from ..scheme import Scheme
+from .cases import Setting
+from .result import describe_environment, print_to, save_files
+from .shapes import Shape, find_device
+from .tables import make_table, number
+
+TARGET_US = 10.0
+# the device must be done with a call before the host is with the next
+_SHAPE = Shape(name="small", hidden=1024, intermediate=1024, heads=8, kv_heads=8, head_dim=128)
+_CALLS, _SAMPLES = 200, 30  # a device's queue holds about a thousand launches
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverheadRow:
+    """Microseconds of the host for one call."""
+
+    op: str
+    operator_us: float
+    operator_iqr_us: float
+    launcher_us: float | None
+
+
+@dataclass(frozen=True)
+class OverheadResult:
+    environment: dict[str, Any]
+    rows: list[OverheadRow]
+
+    @property
+    def failures(self) -> list[str]:
+        return []
+
+    def print(self, console: Console) -> None:
+        e = self.environment
+        table = make_table(
+            ["operator"],
+            ["call us", "launcher us", "dispatch us"],
+            title=f"host time of a call at one token, {e['device']}\n"
+            f"torch {e['torch']}, triton {e['triton']}, {e['date'][:10]}",
+            caption=f"median ± interquartile range; at most {TARGET_US:.0f} us is what we aim at",
+        )
+        for row in self.rows:
+            spent = row.launcher_us
+            dispatch = None if spent is None else row.operator_us - spent
+            call = f"{row.operator_us:.1f}±{row.operator_iqr_us:.1f}"
+            table.add_row(row.op, call, number(spent, ".1f"), number(dispatch, ".1f"))
+        console.print(table)
+
+    def to_json(self) -> str:
+        rows = [asdict(row) for row in self.rows]
+        return json.dumps({"environment": self.environment, "rows": rows}, indent=1)
+
+    def save(self, folder: Path | str) -> list[Path]:
+        """Writes `host-overhead-<device>` as .json and .txt, each whole or not."""
+        return save_files(
+            Path(folder),
+            ["host-overhead", self.environment["device"]],
+            {
+                "json": lambda path: path.write_text(self.to_json() + "\n"),
+                "txt": lambda path: print_to(path, self.print),
+            },
+        )
+
+
+def run_overhead(
+    *,
+    scheme: str | Scheme = "w4a4",
+    device: str | None = None,
+    quick: bool = False,
+    console: Console | None = None,
+) -> OverheadResult:
+    place = find_device(device)
+    setting = Setting(
+        shape=_SHAPE,
+        scheme=Scheme.of(scheme),
+        tokens=(1,),
+        device=place,
+        dtype=torch.bfloat16 if place.type == "cuda" else torch.float32,
+    )
+    samples = 3 if quick else _SAMPLES
+    rows = []
+    with torch.no_grad(), Progress(console=console, disable=console is None) as progress:
+        calls = _calls(setting)
+        task = progress.add_task("", total=len(calls))
+        for op, operator, launcher, arguments in calls:
+            progress.update(task, description=op)
+            low, median, high = _host_times(operator, arguments, place, samples)
+            launched = None
+            if launcher and place.type == "cuda":
+                launched = _host_times(launcher, arguments, place, samples)[1]
+            rows.append(
+                OverheadRow(
+                    op=op,
+                    operator_us=median,
+                    operator_iqr_us=high - low,
+                    launcher_us=launched,
+                )
+            )
+            progress.advance(task)
+    return OverheadResult(describe_environment(place) | {"level": "overhead"}, rows)
+
+
+class _Call(NamedTuple):
+    op: str
+    operator: Callable[..., Any]
+    launcher: Callable[..., Any] | None
+    arguments: tuple[Any, ...]
+
+
+def _calls(setting: Setting) -> list[_Call]:
+    """Ours, and two of PyTorch's own to compare with."""
+    scheme, K = setting.scheme, setting.shape.hidden
+    layout, draw, dtype = scheme.layout(K), setting.draw(0), setting.dtype
+    bits, clip = scheme.activation_bits, scheme.activation_clip
+    numbers = bits, layout.group_size, layout.outlier_channels, clip
+    x, up, weight = draw.normal(1, K), draw.normal(1, K), draw.normal(K, K)
+    packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
+    product = *quantize.reference(x, *numbers), *packed, None, None, dtype
+    norm = draw.norm_weight(K), None, draw.order(K), 1e-5, False, True, dtype
+    gated = gated_quantize.gated_quantize, gated_quantize.launch
+    return [
+        _Call("linear", linear.linear, linear.launch, product),
+        _Call(
+            "norm_quantize", norm_quantize.norm_quantize, norm_quantize.launch, (x, *norm, *numbers)
+        ),
+        _Call("gated_quantize", *gated, (x, up, None, "silu", *numbers)),
+        _Call("quantize", quantize.quantize, quantize.launch, (x, *numbers)),
+        _Call("F.linear", F.linear, None, (x, weight)),
+        _Call("torch.add", torch.add, None, (x, up)),
+    ]
+
+
+def _host_times(
+    call: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device, samples: int
+) -> tuple[float, ...]:
+    """The quartiles of a call's microseconds."""
+    for _ in range(3):
+        call(*arguments)
+    calls = _CALLS if device.type == "cuda" else 2
+    times = []
+    gc.disable()  # as little as a loop of our own calls would collect
+    try:
+        for _ in range(samples):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                call(*arguments)
+            times.append(1e6 * (time.perf_counter() - start) / calls)
+    finally:
+        gc.enable()
+    return tuple(statistics.quantiles(times, n=4))

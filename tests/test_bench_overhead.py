@@ -1,0 +1,31 @@
+"""The benchmark of the host's time: its rows and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from atom_compile.cli import app
+
+
+def test_every_operator_has_a_row(tmp_path: Path) -> None:
+    arguments = ["bench", "--level", "overhead", "--device", "cpu", "--quick", "--out", tmp_path]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    (path,) = tmp_path.glob("host-overhead-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    ours = ["linear", "norm_quantize", "gated_quantize", "quantize"]
+    assert [row["op"] for row in rows] == [*ours, "F.linear", "torch.add"]
+    assert all(row["operator_us"] > 0 and row["launcher_us"] is None for row in rows)
+
+
+def test_options_of_other_levels_are_refused() -> None:
+    for level, option in (("overhead", "--tokens=1"), ("model", "--only=norm")):
+        result = CliRunner().invoke(app, ["bench", "--level", level, option])
+        assert result.exit_code == 2
+        assert "leave it out" in result.output
+    result = CliRunner().invoke(app, ["bench", "--level", "operators", "--layers", "2"])
+    assert result.exit_code == 2
+    assert "does not go by --layers" in result.output
