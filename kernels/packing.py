@@ -102,11 +102,31 @@ def pack_weight(weight: Tensor, layout: GroupLayout, bits: int, clip: float) -> 
     outlier_scale = weight.new_zeros(weight.shape[0], dtype=torch.float32)
     if layout.outlier_channels:
         outliers, outlier_scale = round_to_codes(outliers, OUTLIER_BITS, 1.0)
+    return pack_codes(codes, scale.squeeze(-1), outliers, outlier_scale)
+
+
+def pack_codes(
+    codes: Tensor, scale: Tensor, outliers: Tensor, outlier_scale: Tensor
+) -> PackedWeight:
+    """codes (N, G, group_size), scale (N, G), outliers (N, outlier_channels), outlier_scale (N,).
+
+    Codes may be of any dtype, but are integers of the range that their storage holds.
+    """
     return PackedWeight(
-        pack_int4(codes.transpose(0, 1)),
-        scale.squeeze(-1).t().contiguous(),
+        pack_int4(codes.to(torch.int8).transpose(0, 1)),
+        scale.to(torch.bfloat16).t().contiguous(),
         outliers.to(torch.int8).contiguous(),
-        outlier_scale,
+        outlier_scale.float(),
+    )
+
+
+def select_rows(packed: PackedWeight, rows: Tensor) -> PackedWeight:
+    """The packed weight of `weight[rows]`; rows (N',) int64."""
+    return PackedWeight(
+        packed.weight[:, rows],
+        packed.weight_scale[:, rows],
+        packed.outlier_weight[rows],
+        packed.outlier_scale[rows],
     )
 
 
