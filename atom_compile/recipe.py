@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,16 +55,8 @@ class RoundedWeight:
     packed: PackedWeight
     checksum: Tensor
 
-    def belongs_to(self, weight: Tensor, layout: GroupLayout) -> bool:
-        """weight (N, K): unchanged, but for its precision, and wanted in this layout."""
-        width = self.packed.outlier_weight.shape[1]
-        groups, _, half_group = self.packed.weight.shape
-        if (groups, 2 * half_group, width) != (
-            layout.num_groups,
-            layout.group_size,
-            layout.outlier_channels,
-        ):
-            return False
+    def is_of(self, weight: Tensor) -> bool:
+        """weight (N, K): unchanged, but for its precision."""
         wanted = self.checksum.to(weight.device)
         return bool((checksum(weight) - wanted).norm() <= _SAME_WEIGHT * wanted.norm())
 
@@ -151,13 +144,19 @@ class Recipe:
     ) -> PackedWeight | None:
         """The weight as GPTQ rounded it, rows as they are, columns in order.
 
-        None if it was not rounded or has changed since.
+        None if it was not rounded or, with a warning, has changed since.
         """
-        known = self.rounded.get(self.name_of(weight, name))
+        known_name = self.name_of(weight, name)
+        known = self.rounded.get(known_name)
         if known is None:
             return None
-        matrix = weight.detach().t() if transposed else weight.detach()
-        if not known.belongs_to(matrix, layout):
+        assert known.packed.weight.shape[0] == layout.num_groups, "rounded for this scheme"
+        if not known.is_of(weight.detach().t() if transposed else weight.detach()):
+            warnings.warn(
+                f"{known_name} has changed since it was calibrated and is rounded to nearest; "
+                "calibrate again for GPTQ's weights",
+                stacklevel=2,
+            )
             return None
         return PackedWeight(*(one.to(weight.device) for one in known.packed))
 
@@ -173,6 +172,11 @@ class Recipe:
             view._names = self._names
             self._views[scheme] = view
         return self._views[scheme]
+
+    @property
+    def lifted(self) -> int:
+        """How many linears have more INT8 groups than the scheme gives, or stay in 16 bits."""
+        return sum(choice.reason is not None for choice in self.layers.values())
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if self.shapes[name] != shape:

@@ -26,7 +26,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class PlannedLinear:
     """A `layout` and the `order` of all linears of its input, or a `reason` to leave it alone.
 
-    The last `int8_groups` groups of the activation are INT8, the others are clipped.
+    The last `int8_groups` groups of the activation are INT8, the others are clipped. `error` is
+    what calibration measured of the output: noise over signal.
     """
 
     found: FoundLinear
@@ -37,6 +38,7 @@ class PlannedLinear:
     reason: str | None = None
     left_by_choice: bool = False
     note: str | None = None
+    error: float | None = None
 
 
 def plan_linears(
@@ -71,6 +73,7 @@ def plan_linears(
                 reason,
                 chosen,
                 _note(layout, scheme, choice),
+                None if choice is None else choice.error,
             )
         )
     return planned
