@@ -56,7 +56,7 @@ ModelDir = Annotated[
     Path,
     typer.Argument(help="A directory with a causal language model that transformers can load."),
 ]
-SchemeName = Annotated[str, typer.Option(help="What the numbers are: w4a4 or w4a8.")]
+SchemeName = Annotated[str, typer.Option(help="What the numbers are: w4a4, w4ax or w4a8.")]
 
 
 @app.command()
@@ -64,7 +64,7 @@ SchemeName = Annotated[str, typer.Option(help="What the numbers are: w4a4 or w4a
 def explain(
     model_dir: ModelDir,
     scheme: Annotated[
-        str | None, typer.Option(help="w4a4 or w4a8; by default the recipe's own, or w4a4.")
+        str | None, typer.Option(help="w4a4, w4ax or w4a8; by default the recipe's own, or w4a4.")
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe that `atom-compile calibrate` wrote.")
@@ -113,15 +113,54 @@ def calibrate(
     scheme: SchemeName = "w4a4",
     windows: Annotated[int, typer.Option(min=1, help="How many pieces of the text to run.")] = 64,
     length: Annotated[int, typer.Option(min=1, help="How many tokens a piece holds.")] = 512,
+    gptq: Annotated[
+        bool,
+        typer.Option(
+            "--gptq/--no-gptq", help="Round weights by GPTQ, or to nearest when they are compiled."
+        ),
+    ] = True,
+    int8_budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="At most this share of all blocks of channels in INT8; the scheme's by default.",
+        ),
+    ] = None,
+    error_budget: Annotated[
+        float | None,
+        typer.Option(help="Lift layers whose output error, noise over signal, is over this."),
+    ] = None,
+    include_head: Annotated[
+        bool, typer.Option("--include-head", help="Quantize the output head as well.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="A folder for finished layers: after an interruption, go on from it."),
+    ] = None,
 ) -> None:
-    """Run a model on text, find its outlier channels, and save them as a recipe."""
+    """Run a model on text, choose orders, clips and precisions, round weights; save a recipe."""
     model = _load_model(model_dir)
     input_ids = _read_windows(model_dir, text, windows, length).to(model.device)
     batches = [{"input_ids": window[None], "use_cache": False} for window in input_ids]
-    recipe = calibrate_model(model, batches, scheme=scheme)
+    recipe = calibrate_model(
+        model,
+        batches,
+        scheme=scheme,
+        gptq=gptq,
+        int8_budget=int8_budget,
+        error_budget=error_budget,
+        include_head=include_head,
+        resume=resume,
+    )
     _make_parent(out)
     recipe.save(out)
-    _console().print(f"wrote {out}: {len(recipe.hessian_diagonal)} linears, {len(batches)} windows")
+    found = f"{len(recipe.hessian_diagonal)} linears, {len(batches)} windows"
+    if recipe.layers:
+        found += (
+            f", {len(recipe.rounded)} rounded, {recipe.lifted} with more than the scheme's bits"
+        )
+    _console().print(f"wrote {out}: {found}", soft_wrap=True)
 
 
 @app.command()

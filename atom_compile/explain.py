@@ -57,7 +57,10 @@ def explain(
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear. `operator` is None where it was left as it was; the remarks then say why."""
+    """One linear. `operator` is None where it was left as it was; the remarks then say why.
+
+    error: noise over signal of its output, where calibration measured it.
+    """
 
     name: str
     out_features: int
@@ -65,6 +68,7 @@ class Layer:
     operator: str | None
     quantized_by: str | None
     remarks: tuple[str, ...]
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,13 @@ def _layers(run: Rewrite) -> list[Layer]:
         remarks = tuple(dict.fromkeys(run.record.remarks.get(found.name, ())))
         layers.append(
             Layer(
-                found.name, found.out_features, found.in_features, operator, quantized_by, remarks
+                found.name,
+                found.out_features,
+                found.in_features,
+                operator,
+                quantized_by,
+                remarks,
+                plan.error,
             )
         )
     return layers
@@ -263,7 +273,8 @@ def _add_graph(combined: nx.DiGraph, graph: Graph, prefix: str) -> None:
 def _layer_table(layers: Sequence[Layer]) -> Table:
     longest = max((len(layer.name) for layer in layers), default=0)
     first = Column("linear", min_width=min(longest + 3, 44), overflow="fold")
-    table = Table(first, "N x K", "quantized by", "operator", "remarks", title="Linears")
+    columns = ("N x K", "quantized by", "operator", "error", "remarks")
+    table = Table(first, *columns, title="Linears")
     grouped: dict[tuple[Any, ...], list[Layer]] = {}
     for layer in layers:  # the same layer of every block shares a row
         blind = re.sub(r"\d+", "*", layer.name)
@@ -273,8 +284,14 @@ def _layer_table(layers: Sequence[Layer]) -> Table:
     for (blind, N, K, operator, remarks), members in grouped.items():
         name = f"{blind} ({len(members)})" if len(members) > 1 else members[0].name
         quantized_by = members[0].quantized_by or "-"
+        errors = sorted({f"{one.error:.4f}" for one in members if one.error is not None})
         table.add_row(
-            name, f"{N} x {K}", quantized_by, operator or "left as it was", "\n".join(remarks)
+            name,
+            f"{N} x {K}",
+            quantized_by,
+            operator or "left as it was",
+            " to ".join(dict.fromkeys([errors[0], errors[-1]])) if errors else "-",
+            "\n".join(remarks),
         )
     return table
 

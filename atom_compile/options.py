@@ -54,6 +54,8 @@ class Options:
                 raise OptionError(unknown("option", name, names))
         given["recipe"] = _recipe(given.get("recipe"))
         given["scheme"] = _scheme(given.get("scheme"), given["recipe"])
+        if given["recipe"] is not None:
+            given["recipe"] = given["recipe"].for_scheme(given["scheme"])
         given["skip"] = _patterns(given.get("skip", ()))
         for name in ("include_head", "include_embeddings", "fuse", "allow_unchanged", "strict"):
             if not isinstance(given.get(name, False), bool):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,18 +16,68 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import RecipeError, unknown
+from .kernels.packing import GroupLayout, PackedWeight
 from .scheme import Scheme
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _FORMAT = "atom_compile recipe"
+# bfloat16 moves a row's checksum by less than this share of the row's norm, an update by more
+_SAME_WEIGHT = 2**-7
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """What calibration chose for one linear; linears of one input share all but the error.
+
+    activation_clip: the share of a group's largest magnitude that the INT4 grid spans.
+    int8_groups: so many groups before the outliers have INT8 activations.
+    keep: leave the linear in its own precision.
+    error: noise over signal of its output on the calibration batches, both powers.
+    reason: why it has more than the scheme's precision, if it has.
+    note: what was unusual, such as dead input channels.
+    """
+
+    activation_clip: float
+    int8_groups: int = 0
+    keep: bool = False
+    error: float | None = None
+    reason: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A weight that GPTQ rounded: its rows as they were, its columns in the recipe's order.
+
+    checksum: (N,) float32, see `checksum`: tells whether the model still has that weight.
+    """
+
+    packed: PackedWeight
+    checksum: Tensor
+
+    def is_of(self, weight: Tensor) -> bool:
+        """weight (N, K): unchanged, but for its precision."""
+        wanted = self.checksum.to(weight.device)
+        return bool((checksum(weight) - wanted).norm() <= _SAME_WEIGHT * wanted.norm())
+
+
+def checksum(weight: Tensor) -> Tensor:
+    """(N, K) -> (N,) float32: each row's sum under signs that are fixed once and for all."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (weight.shape[1],), generator=generator) * 2.0 - 1.0
+    return weight.float() @ signs.to(weight.device)
 
 
 class Recipe:
-    """The Hessian diagonal of each linear's input, and the scheme that it was gathered for.
+    """What calibration found about each linear, and the scheme that it was found for.
 
     scheme: the default of a compilation with this recipe.
     hessian_diagonal: weight's parameter name -> (K,) float32, each input channel's mean square.
     shapes: weight's parameter name -> the weight's shape.
+    orders: weight's parameter name -> (K,), its input channels in order. They, `layers` and
+        `rounded` hold for `scheme` alone; where one is missing, channels ascend in magnitude.
+    layers: weight's parameter name -> what was chosen for it.
+    rounded: weight's parameter name -> the weight as GPTQ rounded it to `scheme`.
 
     Source: Atom (arXiv 2310.19102), section 4.1: channels are sorted by it once, the outliers last.
     """
@@ -36,12 +87,19 @@ class Recipe:
         scheme: Scheme,
         hessian_diagonal: Mapping[str, Tensor],
         shapes: Mapping[str, tuple[int, ...]],
+        orders: Mapping[str, Tensor] | None = None,
+        layers: Mapping[str, LayerChoice] | None = None,
+        rounded: Mapping[str, RoundedWeight] | None = None,
     ) -> None:
         self.scheme = scheme
         self.hessian_diagonal = dict(hessian_diagonal)
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.orders = dict(orders or {})
+        self.layers = dict(layers or {})
+        self.rounded = dict(rounded or {})
         # parameter -> its name in the calibrated model
         self._names: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._views: dict[Scheme, Recipe] = {}
 
     def __repr__(self) -> str:
         return f"Recipe({len(self.hessian_diagonal)} linears, {self.scheme})"
@@ -75,8 +133,50 @@ class Recipe:
         return known
 
     def order(self, weight: Tensor, name: str) -> Tensor:
-        """(K,) int64: the input channels of `weight`, ascending in magnitude."""
-        return self.hessian_diagonal[self.name_of(weight, name)].argsort(stable=True)
+        """(K,) int64: the input channels of `weight`, ascending in magnitude, outliers last."""
+        known = self.name_of(weight, name)
+        if known in self.orders:
+            return self.orders[known].long()
+        return self.hessian_diagonal[known].argsort(stable=True)
+
+    def rounded_weight(
+        self, weight: Tensor, name: str, transposed: bool, layout: GroupLayout
+    ) -> PackedWeight | None:
+        """The weight as GPTQ rounded it, rows as they are, columns in order.
+
+        None if it was not rounded or, with a warning, has changed since.
+        """
+        known_name = self.name_of(weight, name)
+        known = self.rounded.get(known_name)
+        if known is None:
+            return None
+        assert known.packed.weight.shape[0] == layout.num_groups, "rounded for this scheme"
+        if not known.is_of(weight.detach().t() if transposed else weight.detach()):
+            warnings.warn(
+                f"{known_name} has changed since it was calibrated and is rounded to nearest; "
+                "calibrate again for GPTQ's weights",
+                stacklevel=2,
+            )
+            return None
+        return PackedWeight(*(one.to(weight.device) for one in known.packed))
+
+    def for_scheme(self, scheme: Scheme) -> Recipe:
+        """Itself for its own scheme; for another one, what holds for any: the statistics.
+
+        Always the same object for the same scheme, since packed weights are kept by recipe.
+        """
+        if scheme == self.scheme:
+            return self
+        if scheme not in self._views:
+            view = Recipe(scheme, self.hessian_diagonal, self.shapes)
+            view._names = self._names
+            self._views[scheme] = view
+        return self._views[scheme]
+
+    @property
+    def lifted(self) -> int:
+        """How many linears have more INT8 groups than the scheme gives, or stay in 16 bits."""
+        return sum(choice.reason is not None for choice in self.layers.values())
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if self.shapes[name] != shape:
@@ -87,8 +187,11 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all."""
-        path = Path(path)
-        header = {"scheme": asdict(self.scheme), "shapes": self.shapes}
+        header = {
+            "scheme": asdict(self.scheme),
+            "shapes": self.shapes,
+            "layers": {name: asdict(choice) for name, choice in self.layers.items()},
+        }
         metadata = {
             "format": _FORMAT,
             "version": str(_FORMAT_VERSION),
@@ -97,12 +200,11 @@ class Recipe:
         tensors = {
             name: one.float().cpu().contiguous() for name, one in self.hessian_diagonal.items()
         }
-        temporary = path.with_name(path.name + ".part")
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        for name, order in self.orders.items():
+            tensors[f"{name}{_SEPARATOR}order"] = order.to(torch.int32).cpu().contiguous()
+        for name, rounded in self.rounded.items():
+            tensors |= rounded_to_tensors(name, rounded)
+        save_whole(tensors, metadata, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -120,8 +222,25 @@ class Recipe:
                         f"atom_compile reads up to {_FORMAT_VERSION}. Upgrade atom_compile."
                     )
                 header = json.loads(metadata["recipe"])
-                diagonals = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                recipe = cls(Scheme(**header["scheme"]), diagonals, header["shapes"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            diagonals = {name: one for name, one in tensors.items() if _SEPARATOR not in name}
+            layers = {
+                name: LayerChoice(**choice) for name, choice in header.get("layers", {}).items()
+            }
+            suffix = f"{_SEPARATOR}order"
+            orders = {
+                name.removesuffix(suffix): one
+                for name, one in tensors.items()
+                if name.endswith(suffix)
+            }
+            recipe = cls(
+                Scheme(**header["scheme"]),
+                diagonals,
+                header["shapes"],
+                orders,
+                layers,
+                rounded_from_tensors(tensors),
+            )
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise RecipeError(f"{path} is damaged or no recipe: {error}") from error
         recipe._check(path)
@@ -140,3 +259,43 @@ class Recipe:
                 )
         if extra := set(self.hessian_diagonal) - set(self.shapes):
             raise RecipeError(f"{path} is damaged: {sorted(extra)[0]} has no shape")
+        for name, order in self.orders.items():
+            channels = torch.arange(order.numel(), dtype=order.dtype)
+            if name not in self.shapes or not torch.equal(order.sort().values, channels):
+                raise RecipeError(f"{path} is damaged: the order of {name} is no permutation")
+        if extra := (set(self.layers) | set(self.rounded)) - set(self.shapes):
+            raise RecipeError(f"{path} is damaged: {sorted(extra)[0]} has no shape")
+
+
+_SEPARATOR = "#"  # no parameter's name has one
+_FIELDS = (*PackedWeight._fields, "checksum")
+
+
+def rounded_to_tensors(name: str, rounded: RoundedWeight) -> dict[str, Tensor]:
+    """What a file holds of one rounded weight: "name#weight", "name#weight_scale" and so on."""
+    tensors = (*rounded.packed, rounded.checksum)
+    return {
+        f"{name}{_SEPARATOR}{field}": one.cpu().contiguous()
+        for field, one in zip(_FIELDS, tensors, strict=True)
+    }
+
+
+def rounded_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, RoundedWeight]:
+    """Name -> rounded weight. Raises KeyError if a part of one is missing."""
+    names = {name.rpartition(_SEPARATOR)[0] for name in tensors if name.endswith("checksum")}
+    result = {}
+    for name in sorted(names):
+        *packed, checked = (tensors[f"{name}{_SEPARATOR}{field}"] for field in _FIELDS)
+        result[name] = RoundedWeight(PackedWeight(*packed), checked)
+    return result
+
+
+def save_whole(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -26,7 +26,10 @@ class Scheme:
         activation. A narrow layer takes fewer (see `layout`); 0 turns outlier channels off.
     weight_clip, activation_clip: the share of a group's largest magnitude that the grid spans, in
         (0, 1]. Atom's own are 0.85 and 0.9; the defaults measured better on the models that this
-        project tests with.
+        project tests with. Calibration with GPTQ searches for both and does not read them.
+    int8_share: of a linear's blocks of channels (its groups, and its outliers as one more) at most
+        this share has INT8 activations. Calibration deals out the same number over all linears by
+        measured noise. Source: COMET (arXiv 2410.12168), section 4.
     """
 
     weight_bits: int = 4
@@ -35,6 +38,7 @@ class Scheme:
     outlier_channels: int = 128
     weight_clip: float = 0.75
     activation_clip: float = 0.85
+    int8_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.weight_bits not in range(2, 5):
@@ -48,6 +52,8 @@ class Scheme:
                 f"outlier_channels is {self.outlier_channels}; "
                 f"it must be 0 or a multiple of {_OUTLIER_STEP}"
             )
+        if not 0.0 <= self.int8_share <= 1.0:
+            raise OptionError(f"int8_share is {self.int8_share}; it must be 0 to 1")
         for name in ("weight_clip", "activation_clip"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise OptionError(
@@ -56,7 +62,7 @@ class Scheme:
 
     @classmethod
     def preset(cls, name: str) -> Scheme:
-        """`w4a4` (Atom) or `w4a8` (INT8 activations without clip, 48 outlier channels)."""
+        """`w4a4` (Atom), `w4ax` (COMET) or `w4a8` (INT8 activations, 48 outlier channels)."""
         if name not in PRESETS:
             raise OptionError(unknown("scheme", name, PRESETS))
         return PRESETS[name]
@@ -70,9 +76,16 @@ class Scheme:
         fitting = width // _LEAST_SHARE // _OUTLIER_STEP * _OUTLIER_STEP
         return GroupLayout(width, self.group_size, min(self.outlier_channels, fitting))
 
+    def int8_groups(self, layout: GroupLayout) -> int:
+        """How many groups are INT8 where calibration did not say."""
+        blocks = int(self.int8_share * layout.num_scales)
+        return max(0, blocks - int(layout.outlier_channels > 0))
+
 
 PRESETS = {
     "w4a4": Scheme(),
+    # at most a quarter of the blocks in INT8, the outliers among them
+    "w4ax": Scheme(int8_share=0.25),
     # INT8 groups need fewer outlier channels; the fewer share one scale, the better they are kept
     "w4a8": Scheme(activation_bits=8, outlier_channels=48, activation_clip=1.0),
 }

@@ -25,7 +25,7 @@ from .kv_cache import CACHE
 from .library import define
 from .packing import OUTLIER_BITS, GroupLayout
 from .quantize import NUMBERS
-from .quantize_rows import _quantize
+from .quantize_rows import _quantize, _quantize_groups
 
 
 def reference(
@@ -49,13 +49,14 @@ def reference(
     group_size: int,
     outlier_channels: int,
     clip: float,
+    int8_groups: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in attention.py -> codes (B, Q, padded_width) int8, scale (num_scales, B, Q)."""
     cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
     attended = attention.reference(
         query, *cache, position, mask, kv_bits, window, attention_scale, softcap
     )
-    numbers = (bits, group_size, outlier_channels, clip)
+    numbers = (bits, group_size, outlier_channels, clip, int8_groups)
     x = attended.transpose(1, 2).flatten(2)
     if order is None:
         return quantize.reference(x, *numbers)
@@ -64,7 +65,7 @@ def reference(
 
 def fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     B, num_heads, Q, D = query.shape
-    return quantize.fake(query.new_empty(B, Q, num_heads * D), *arguments[-4:])
+    return quantize.fake(query.new_empty(B, Q, num_heads * D), *arguments[len(Arguments._fields) :])
 
 
 @triton.jit
@@ -86,6 +87,7 @@ def combine_quantize_kernel(
     AHEAD: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    INT8_GROUPS: tl.constexpr,
     OUTLIERS: tl.constexpr,
     OUTLIER_BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -120,14 +122,20 @@ def combine_quantize_kernel(
     if HAS_ORDER:
         channel = tl.load(order_ptr + position, mask=position < K, other=0).to(tl.int32)
     y = _gather(row, channel, position < K - OUTLIERS, HEAD_DIM, HEAD_BLOCK)
-    codes, scale = _quantize(
-        tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)), clip_over_largest, LARGEST, AXIS=1
+    group = tl.arange(0, BLOCK // GROUP_SIZE)
+    codes, scale = _quantize_groups(
+        tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)),
+        group >= NUM_GROUPS - INT8_GROUPS,
+        clip_over_largest,
+        outlier_clip_over_largest,
+        LARGEST,
+        OUTLIER_LARGEST,
+        INT8_GROUPS,
     )
     codes_row = codes_ptr + m * (NUM_GROUPS * GROUP_SIZE + OUTLIERS)
     tl.store(
         codes_row + position, tl.reshape(codes, (BLOCK,)), mask=position < NUM_GROUPS * GROUP_SIZE
     )
-    group = tl.arange(0, BLOCK // GROUP_SIZE)
     tl.store(scale_ptr + group.to(tl.int64) * M + m, scale, mask=group < NUM_GROUPS)
     if OUTLIERS > 0:
         lane = tl.arange(0, OUTLIER_BLOCK)
@@ -160,8 +168,10 @@ def launch(
     *arguments: Any, tiling: DecodeTiling | PrefillTiling | None = None
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
-    *attending, order, bits, group_size, outlier_channels, clip = arguments
-    attended, partial = attention.launch_partial(Arguments(*attending), tiling)
+    attending = Arguments(*arguments[: len(Arguments._fields)])
+    order, *numbers = arguments[len(Arguments._fields) :]
+    bits, group_size, outlier_channels, clip, int8_groups = (*numbers, 0)[:5]  # the last defaults
+    attended, partial = attention.launch_partial(attending, tiling)
     B, Q, num_heads, D = attended.shape
     if partial is not None and partial.sums.shape[0] * num_heads * D > _MOST_FUSED:
         launch_combine(partial, attended)
@@ -174,6 +184,7 @@ def launch(
             group_size=group_size,
             outlier_channels=outlier_channels,
             clip=clip,
+            int8_groups=int8_groups,
         )
     layout = GroupLayout(num_heads * D, group_size, outlier_channels)
     codes = attended.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
@@ -199,6 +210,7 @@ def launch(
         AHEAD=min(triton.next_power_of_2(splits), 4),
         NUM_GROUPS=layout.num_groups,
         GROUP_SIZE=group_size,
+        INT8_GROUPS=int8_groups,
         OUTLIERS=outlier_channels,
         OUTLIER_BLOCK=triton.next_power_of_2(max(outlier_channels, 1)),
         LARGEST=largest,

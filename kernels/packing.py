@@ -99,14 +99,86 @@ def pack_weight(weight: Tensor, layout: GroupLayout, bits: int, clip: float) -> 
     # rounded first: codes belong to the scale that is stored
     scale = scale.clamp(min=TINY).to(torch.bfloat16)
     codes = _codes(groups, scale.float(), largest)
-    outlier_scale = weight.new_zeros(weight.shape[0], dtype=torch.float32)
-    if layout.outlier_channels:
-        outliers, outlier_scale = round_to_codes(outliers, OUTLIER_BITS, 1.0)
+    return pack_codes(codes, scale.squeeze(-1), *_round_outliers(outliers))
+
+
+def pack_codes(
+    codes: Tensor, scale: Tensor, outliers: Tensor, outlier_scale: Tensor
+) -> PackedWeight:
+    """codes (N, G, group_size), scale (N, G), outliers (N, outlier_channels), outlier_scale (N,).
+
+    Codes may be of any dtype, but are integers of the range that their storage holds.
+    """
     return PackedWeight(
-        pack_int4(codes.transpose(0, 1)),
-        scale.squeeze(-1).t().contiguous(),
+        pack_int4(codes.to(torch.int8).transpose(0, 1)),
+        scale.to(torch.bfloat16).t().contiguous(),
         outliers.to(torch.int8).contiguous(),
-        outlier_scale,
+        outlier_scale.float(),
+    )
+
+
+class TwoLevelWeight(NamedTuple):
+    """A weight whose group scales are INT8 numbers of a float32 scale per row.
+
+    weight (G, N, group_size / 2) uint8 as in `PackedWeight`, group_scale (G, N) int8 in 1 to 16,
+    row_scale (N,) float32; code * group_scale is an INT8 number. The outliers as in `PackedWeight`.
+    Sources: QServe (arXiv 2405.04532), section 4.1; DGQ (arXiv 2310.04836).
+    """
+
+    weight: Tensor
+    group_scale: Tensor
+    row_scale: Tensor
+    outlier_weight: Tensor
+    outlier_scale: Tensor
+
+
+LARGEST_GROUP_SCALE = 16  # -8 times it is the least INT8 number there is, -128
+
+
+def pack_two_level(weight: Tensor, layout: GroupLayout) -> TwoLevelWeight:
+    """Quantizes a weight `(N, K)`, columns in order, rounding to nearest, to 4 bits.
+
+    Each group takes the one of the 16 scales that leaves the least squared error.
+    """
+    groups, outliers = layout.split(weight.float())
+    peak = groups.abs().amax((1, 2)).clamp(min=TINY)
+    row_scale = peak / (7 * LARGEST_GROUP_SCALE)
+    best = torch.ones_like(groups[..., 0])
+    least = torch.full_like(best, torch.inf)
+    for step in range(1, LARGEST_GROUP_SCALE + 1):
+        scale = row_scale[:, None, None] * step
+        error = (_codes(groups, scale, 7) * scale - groups).square().sum(-1)
+        best = torch.where(error < least, step, best)
+        least = torch.minimum(error, least)
+    codes = _codes(groups, (row_scale[:, None] * best)[..., None], 7)
+    packed = pack_codes(codes, best, *_round_outliers(outliers))
+    group_scale = best.to(torch.int8).t().contiguous()
+    return TwoLevelWeight(
+        packed.weight, group_scale, row_scale, packed.outlier_weight, packed.outlier_scale
+    )
+
+
+def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, outlier_channels) -> INT8 codes and (N,) scales, zeros where there are no outliers."""
+    if not outliers.shape[1]:
+        return outliers.to(torch.int8), outliers.new_zeros(outliers.shape[0], dtype=torch.float32)
+    return round_to_codes(outliers, OUTLIER_BITS, 1.0)
+
+
+def dequantize_two_level(packed: TwoLevelWeight, layout: GroupLayout) -> Tensor:
+    """The float32 weight `(N, K)`, in order, that the operator computes with. For inspection."""
+    groups = unpack_int4(packed.weight) * (packed.group_scale * packed.row_scale)[..., None]
+    grouped = groups.transpose(0, 1).flatten(1)[:, : layout.width - layout.outlier_channels]
+    return torch.cat([grouped, packed.outlier_weight * packed.outlier_scale[:, None]], dim=1)
+
+
+def select_rows(packed: PackedWeight, rows: Tensor) -> PackedWeight:
+    """The packed weight of `weight[rows]`; rows (N',) int64."""
+    return PackedWeight(
+        packed.weight[:, rows],
+        packed.weight_scale[:, rows],
+        packed.outlier_weight[rows],
+        packed.outlier_scale[rows],
     )
 
 

@@ -3,8 +3,9 @@
     scale[g, m] = absmax over group g of x[m] * clip / (2^(bits-1) - 1)
     codes[m, k] = round(x[m, k] / scale[group of k, m])
 
-The last `outlier_channels` are INT8 with one scale per token and no clip. Source: Atom (arXiv
-2310.19102), section 4.
+The last `outlier_channels` are INT8 with one scale per token and no clip. The last `int8_groups`
+groups before them are INT8 without clip too, each with its own scale. Source: Atom (arXiv
+2310.19102), section 4; for groups of two precisions COMET (arXiv 2410.12168), section 4.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from .packing import OUTLIER_BITS, GroupLayout, round_to_codes
 
 
 def reference(
-    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float, int8_groups: int = 0
 ) -> tuple[Tensor, Tensor]:
     """x (*, K), in order -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
     groups, outliers = layout.split(x)
-    codes, scale = round_to_codes(groups, bits, clip)
+    codes, scale = _round_groups(groups, bits, clip, int8_groups)
     codes, scale = codes.flatten(-2), scale.movedim(-1, 0)
     if outlier_channels:
         outlier_codes, outlier_scale = round_to_codes(outliers, OUTLIER_BITS, 1.0)
@@ -32,8 +33,20 @@ def reference(
     return codes, scale.contiguous()
 
 
+def _round_groups(
+    groups: Tensor, bits: int, clip: float, int8_groups: int
+) -> tuple[Tensor, Tensor]:
+    """groups (*, G, group_size) -> codes of that shape, scale (*, G)."""
+    if not int8_groups:
+        return round_to_codes(groups, bits, clip)
+    narrow, wide = groups.tensor_split([groups.shape[-2] - int8_groups], dim=-2)
+    narrow_codes, narrow_scale = round_to_codes(narrow, bits, clip)
+    wide_codes, wide_scale = round_to_codes(wide, OUTLIER_BITS, 1.0)
+    return torch.cat([narrow_codes, wide_codes], -2), torch.cat([narrow_scale, wide_scale], -1)
+
+
 def fake(
-    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float, int8_groups: int = 0
 ) -> tuple[Tensor, Tensor]:
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
     codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
@@ -41,35 +54,67 @@ def fake(
 
 
 def launch(
-    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float, int8_groups: int = 0
 ) -> tuple[Tensor, Tensor]:
     return quantize_rows.launch(
-        x, None, bits=bits, group_size=group_size, outlier_channels=outlier_channels, clip=clip
+        x,
+        None,
+        bits=bits,
+        group_size=group_size,
+        outlier_channels=outlier_channels,
+        clip=clip,
+        int8_groups=int8_groups,
     )
 
 
 def reorder_reference(
-    x: Tensor, order: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor,
+    order: Tensor,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+    int8_groups: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`quantize(reorder(x, order))` in one pass over memory."""
-    return reference(x.index_select(-1, order), bits, group_size, outlier_channels, clip)
+    return reference(
+        x.index_select(-1, order), bits, group_size, outlier_channels, clip, int8_groups
+    )
 
 
 def reorder_fake(
-    x: Tensor, order: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor,
+    order: Tensor,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+    int8_groups: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return fake(x, bits, group_size, outlier_channels, clip)
 
 
 def reorder_launch(
-    x: Tensor, order: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor,
+    order: Tensor,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+    int8_groups: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return quantize_rows.launch(
-        x, order, bits=bits, group_size=group_size, outlier_channels=outlier_channels, clip=clip
+        x,
+        order,
+        bits=bits,
+        group_size=group_size,
+        outlier_channels=outlier_channels,
+        clip=clip,
+        int8_groups=int8_groups,
     )
 
 
-NUMBERS = "int bits, int group_size, int outlier_channels, float clip"
+NUMBERS = "int bits, int group_size, int outlier_channels, float clip, int int8_groups=0"
 quantize = define(f"quantize(Tensor x, {NUMBERS}) -> (Tensor, Tensor)", reference, fake, launch)
 reorder_quantize = define(
     f"reorder_quantize(Tensor x, Tensor order, {NUMBERS}) -> (Tensor, Tensor)",

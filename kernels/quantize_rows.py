@@ -96,16 +96,39 @@ def _load_channels(
 
 
 @triton.jit
-def _quantize(y, clip_over_largest, LARGEST: tl.constexpr, AXIS: tl.constexpr):
-    """Codes and scale of each group along AXIS; mirrors packing.round_to_codes."""
+def _quantize(y, clip_over_largest, largest, AXIS: tl.constexpr):
+    """Codes and scale of each group along AXIS; mirrors packing.round_to_codes.
+
+    `largest` has one value, or one that spreads over AXIS.
+    """
     scale = tl.maximum(tl.max(tl.abs(y), axis=AXIS) * clip_over_largest, _TINY)
     poisoned = tl.sum((y != y).to(tl.int32), axis=AXIS) > 0  # tl.max drops NaNs
     scale = tl.where(poisoned, float("nan"), scale)
     inverse = tl.div_rn(1.0, scale)
     codes = y * tl.expand_dims(inverse, AXIS)
     codes = tl.where(codes == codes, codes, 0.0)
-    codes = tl.minimum(tl.maximum(codes, -LARGEST - 1.0), LARGEST)
+    codes = tl.minimum(tl.maximum(codes, -largest - 1.0), largest)
     return ((codes + _ROUNDER) - _ROUNDER).to(tl.int8), scale
+
+
+@triton.jit
+def _quantize_groups(
+    y,
+    wide,
+    clip_over_largest,
+    wide_clip_over_largest,
+    LARGEST: tl.constexpr,
+    WIDE_LARGEST: tl.constexpr,
+    INT8_GROUPS: tl.constexpr,
+):
+    """y (groups, channels): groups that are `wide` (groups,) are INT8; mirrors quantize.py."""
+    if INT8_GROUPS == 0:
+        codes, scale = _quantize(y, clip_over_largest, LARGEST, AXIS=1)
+    else:
+        factor = tl.where(wide, wide_clip_over_largest, clip_over_largest)
+        largest = tl.where(wide, WIDE_LARGEST * 1.0, LARGEST * 1.0)
+        codes, scale = _quantize(y, factor, largest[:, None], AXIS=1)
+    return codes, scale
 
 
 @triton.jit
@@ -126,6 +149,7 @@ def quantize_rows_kernel(
     outlier_clip_over_largest,
     NUM_GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    INT8_GROUPS: tl.constexpr,
     OUTLIERS: tl.constexpr,
     OUTLIER_BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -177,12 +201,18 @@ def quantize_rows_kernel(
     if HAS_ORDER and WHOLE_ROW:
         y = tl.gather(y.to(RESULT), order, axis=0).to(tl.float32)
     y = tl.where(position < K - OUTLIERS, y, 0.0)
-    codes, scale = _quantize(
-        tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)), clip_over_largest, LARGEST, AXIS=1
+    group = piece * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
+    codes, scale = _quantize_groups(
+        tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)),
+        group >= NUM_GROUPS - INT8_GROUPS,
+        clip_over_largest,
+        outlier_clip_over_largest,
+        LARGEST,
+        OUTLIER_LARGEST,
+        INT8_GROUPS,
     )
     codes = tl.reshape(codes, (BLOCK,))
     tl.store(codes_row + position, codes, mask=position < NUM_GROUPS * GROUP_SIZE)
-    group = piece * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
     tl.store(scale_ptr + group.to(tl.int64) * M + m, scale, mask=group < NUM_GROUPS)
 
     if OUTLIERS > 0:
@@ -217,6 +247,7 @@ def launch(
     group_size: int,
     outlier_channels: int,
     clip: float,
+    int8_groups: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """x and `up` (*, K) -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
@@ -251,6 +282,7 @@ def launch(
         1.0 / outlier_largest,
         NUM_GROUPS=layout.num_groups,
         GROUP_SIZE=group_size,
+        INT8_GROUPS=int8_groups,
         OUTLIERS=outlier_channels,
         OUTLIER_BLOCK=triton.next_power_of_2(max(outlier_channels, 1)),
         LARGEST=largest,

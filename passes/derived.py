@@ -15,13 +15,37 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..kernels.packing import GroupLayout, pack_weight
+from ..kernels.packing import GroupLayout, PackedWeight, pack_weight, select_rows
+
+
+class ChoiceLike(Protocol):
+    """The part of a `LayerChoice` that the plan needs."""
+
+    @property
+    def activation_clip(self) -> float: ...
+    @property
+    def int8_groups(self) -> int: ...
+    @property
+    def keep(self) -> bool: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def error(self) -> float | None: ...
+    @property
+    def note(self) -> str | None: ...
 
 
 class RecipeLike(Protocol):
-    """The part of a `Recipe` that channel orders need."""
+    """The part of a `Recipe` that passes need."""
 
     def order(self, weight: Tensor, name: str) -> Tensor: ...
+
+    def rounded_weight(
+        self, weight: Tensor, name: str, transposed: bool, layout: GroupLayout
+    ) -> PackedWeight | None: ...
+
+    @property
+    def layers(self) -> Mapping[str, ChoiceLike]: ...
 
 
 class Derived(Protocol):
@@ -142,11 +166,14 @@ class PackedLinear:
                 if part.bias is None
                 else tensors[part.bias].detach()
             )
+            # one linear at a time, so that no more than one is ever held in float32
+            one = self._rounded(part.weight, tensors) or pack_weight(
+                weight[:, columns], self.layout, self.bits, self.clip
+            )
             if part.row_order is not None:
                 rows = part.row_order.indices(tensors)
-                weight, bias = weight[rows], bias[rows]
-            # one linear at a time, so that no more than one is ever held in float32
-            packed.append(pack_weight(weight[:, columns], self.layout, self.bits, self.clip))
+                one, bias = select_rows(one, rows), bias[rows]
+            packed.append(one)
             biases.append(bias)
         weights, weight_scales, outlier_weights, outlier_scales = zip(*packed, strict=True)
         return (
@@ -156,6 +183,14 @@ class PackedLinear:
             torch.cat(outlier_scales),
             torch.cat(biases) if self.has_bias else None,
         )
+
+    def _rounded(self, weight: WeightRef, tensors: Mapping[Node, Tensor]) -> PackedWeight | None:
+        """What calibration made of this very weight, in this layout."""
+        recipe = self.column_order.recipe
+        if recipe is None:
+            return None
+        tensor = tensors[weight.node]
+        return recipe.rounded_weight(tensor, weight.name, weight.transposed, self.layout)
 
 
 @dataclass(frozen=True, eq=False)

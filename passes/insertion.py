@@ -54,7 +54,8 @@ def _insert(
             scheme.activation_bits,
             scheme.group_size,
             plan.layout.outlier_channels,
-            scheme.activation_clip,
+            plan.activation_clip,
+            plan.int8_groups,
         )
         codes, scale = quantized_pair(graph, quantize, (reordered, *numbers), like=found.node)
         dtype = value(found.node).dtype

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from ..kernels.packing import GroupLayout
-from .derived import ChannelOrder, RecipeLike, WeightRef
+from .derived import ChannelOrder, ChoiceLike, RecipeLike, WeightRef
 from .graphs import value
 from .linears import FoundLinear, is_weight
 
@@ -24,14 +24,21 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class PlannedLinear:
-    """A `layout` and the `order` of all linears of its input, or a `reason` to leave it alone."""
+    """A `layout` and the `order` of all linears of its input, or a `reason` to leave it alone.
+
+    The last `int8_groups` groups of the activation are INT8, the others are clipped. `error` is
+    what calibration measured of the output: noise over signal.
+    """
 
     found: FoundLinear
     layout: GroupLayout
     order: ChannelOrder | None
+    activation_clip: float = 1.0
+    int8_groups: int = 0
     reason: str | None = None
     left_by_choice: bool = False
     note: str | None = None
+    error: float | None = None
 
 
 def plan_linears(
@@ -42,7 +49,7 @@ def plan_linears(
     skip: Sequence[str],
 ) -> list[PlannedLinear]:
     """A pure function of what was found and the options; the graph is not changed."""
-    choices = {linear: _chosen_to_leave(linear, include_head, skip) for linear in found}
+    choices = {linear: _chosen_to_leave(linear, recipe, include_head, skip) for linear in found}
     reasons = {linear: choices[linear] or _reason_to_leave(linear, scheme) for linear in found}
     readers: dict[Node, list[FoundLinear]] = defaultdict(list)
     for linear in found:
@@ -55,16 +62,39 @@ def plan_linears(
         reason = reasons[linear]
         order = orders[linear.x] if reason is None else None
         chosen = choices[linear] is not None
-        planned.append(PlannedLinear(linear, layout, order, reason, chosen, _note(layout, scheme)))
+        choice = _choice(linear, recipe)
+        planned.append(
+            PlannedLinear(
+                linear,
+                layout,
+                order,
+                scheme.activation_clip if choice is None else choice.activation_clip,
+                scheme.int8_groups(layout) if choice is None else choice.int8_groups,
+                reason,
+                chosen,
+                _note(layout, scheme, choice),
+                None if choice is None else choice.error,
+            )
+        )
     return planned
 
 
-def _chosen_to_leave(linear: FoundLinear, include_head: bool, skip: Sequence[str]) -> str | None:
+def _choice(linear: FoundLinear, recipe: RecipeLike | None) -> ChoiceLike | None:
+    """A part of a model that is compiled by itself has other names, and none of its own choices."""
+    return None if recipe is None else recipe.layers.get(linear.name)
+
+
+def _chosen_to_leave(
+    linear: FoundLinear, recipe: RecipeLike | None, include_head: bool, skip: Sequence[str]
+) -> str | None:
     for pattern in skip:
         if fnmatch(linear.name, pattern):
             return f"option skip={pattern!r}"
     if linear.is_head and not include_head:
         return "it is the output head (option include_head=True quantizes it)"
+    choice = _choice(linear, recipe)
+    if choice is not None and choice.keep:
+        return f"calibration keeps it: {choice.reason}"
     return None
 
 
@@ -93,7 +123,15 @@ def _order(linears: Sequence[FoundLinear], recipe: RecipeLike | None) -> Channel
     return ChannelOrder(weights, recipe)
 
 
-def _note(layout: GroupLayout, scheme: Scheme) -> str | None:
+def _note(layout: GroupLayout, scheme: Scheme, choice: ChoiceLike | None) -> str | None:
+    notes = []
     if layout.outlier_channels < scheme.outlier_channels:
-        return f"narrow: {layout.outlier_channels} outlier channels, not {scheme.outlier_channels}"
-    return None
+        notes.append(
+            f"narrow: {layout.outlier_channels} outlier channels, not {scheme.outlier_channels}"
+        )
+    if choice is not None and choice.int8_groups:
+        groups = f"{choice.int8_groups} of {layout.num_groups} activation groups are INT8"
+        notes.append(f"{groups}: {choice.reason}" if choice.reason else groups)
+    if choice is not None and choice.note:
+        notes.append(choice.note)
+    return "; ".join(notes) or None

@@ -26,13 +26,16 @@ NUMBERS = (4, 64, 16, 0.9)
 
 
 def launch(
-    args: Arguments, order: Tensor | None, splits: int | None = None
+    args: Arguments,
+    order: Tensor | None,
+    splits: int | None = None,
+    numbers: tuple[float, ...] = NUMBERS,
 ) -> tuple[Tensor, Tensor]:
     device = kernel_device()
     tiling = None if splits is None else DecodeTiling(16, splits, 1, 1)
     order = order if order is None else order.to(device)
     with poisoned_memory():
-        return attention_quantize.launch(*moved(args, device), order, *NUMBERS, tiling=tiling)
+        return attention_quantize.launch(*moved(args, device), order, *numbers, tiling=tiling)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
@@ -81,6 +84,15 @@ def test_many_splits_are_combined_before(monkeypatch: pytest.MonkeyPatch) -> Non
     assert_quantized_alike(launch(args, order, splits=3), fused)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_int8_groups(splits: int) -> None:
+    args = arguments([40], heads=(4, 2))
+    order = random_order(256)
+    numbers = (*NUMBERS, 2)
+    want = attention_quantize.reference(*args, order, *numbers)
+    assert_quantized_alike(launch(args, order, splits, numbers), want, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ordered", [False, True])
 def test_operator_passes_opcheck(dtype: torch.dtype, ordered: bool) -> None:
@@ -88,6 +100,7 @@ def test_operator_passes_opcheck(dtype: torch.dtype, ordered: bool) -> None:
     order = random_order(256) if ordered else None
     operator = torch.ops.atom.attention_quantize.default
     torch.library.opcheck(operator, (*args, order, *NUMBERS))
+    torch.library.opcheck(operator, (*args, order, *NUMBERS, 2))
 
 
 @pytest.mark.gpu

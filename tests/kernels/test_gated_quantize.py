@@ -54,6 +54,17 @@ def test_kernel_gives_the_codes_of_the_reference(
     )
 
 
+@pytest.mark.parametrize("int8_groups", [1, 3])
+def test_int8_groups(int8_groups: int) -> None:
+    gate, up = torch.randn(3, 344), torch.randn(3, 344)
+    numbers = (random_order(344), "relu", 4, 128, 16, 0.9, int8_groups)
+    want = gated_quantize.reference(gate, up, *numbers)
+    device = kernel_device()
+    numbers = (numbers[0].to(device), *numbers[1:])
+    got = gated_quantize.launch(gate.to(device), up.to(device), *numbers)
+    assert_quantized_alike(got, want)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("activation", sorted(gated_quantize.ACTIVATIONS))
 def test_a_poisoned_token_poisons_no_other(activation: str) -> None:
@@ -70,6 +81,7 @@ def test_operator_passes_opcheck() -> None:
     gate, up = torch.randn(2, 3, 688).chunk(2, dim=-1)
     operator = torch.ops.atom.gated_quantize.default
     torch.library.opcheck(operator, (gate, up, None, "silu", 4, 128, 16, 0.9))
+    torch.library.opcheck(operator, (gate, up, None, "silu", 4, 128, 16, 0.9, 2))
     torch.library.opcheck(operator, (gate, None, random_order(344), "gelu", 4, 128, 16, 0.9))
 
 

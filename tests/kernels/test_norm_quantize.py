@@ -50,16 +50,28 @@ def norms(draw: st.DrawFn, width: int, dtype: torch.dtype) -> Arguments:
     return Arguments(weight, bias, order, 1e-5, draw(st.booleans()), draw(st.booleans()), dtype)
 
 
-def launch(x: Tensor, arguments: Arguments, layout: GroupLayout) -> tuple[Tensor, Tensor]:
-    numbers = (4, layout.group_size, layout.outlier_channels, 0.9)
+def launch(
+    x: Tensor, arguments: Arguments, layout: GroupLayout, int8_groups: int = 0
+) -> tuple[Tensor, Tensor]:
+    numbers = (4, layout.group_size, layout.outlier_channels, 0.9, int8_groups)
     with poisoned_memory():
         return norm_quantize.launch(x.to(kernel_device()), *arguments.to(kernel_device()), *numbers)
 
 
-def reference(x: Tensor, arguments: Arguments, layout: GroupLayout) -> tuple[Tensor, Tensor]:
+def reference(
+    x: Tensor, arguments: Arguments, layout: GroupLayout, int8_groups: int = 0
+) -> tuple[Tensor, Tensor]:
     return norm_quantize.reference(
-        x, *arguments, 4, layout.group_size, layout.outlier_channels, 0.9
+        x, *arguments, 4, layout.group_size, layout.outlier_channels, 0.9, int8_groups
     )
+
+
+def test_int8_groups() -> None:
+    layout = GroupLayout(344, 128, 16)
+    half = torch.randint(-8, 9, (3, 172))  # sums of integers do not depend on their order
+    x = torch.cat([half, -half], dim=-1).float()
+    arguments = Arguments(None, None, random_order(344), 1e-5, False, False, torch.float32)
+    assert_quantized_alike(launch(x, arguments, layout, 2), reference(x, arguments, layout, 2))
 
 
 @few_examples

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from atom_compile.kernels import quantize
 from atom_compile.kernels.packing import GroupLayout, dequantize
@@ -44,15 +45,47 @@ def test_kernel_for_every_number_of_bits(bits: int, tokens: int) -> None:
     assert_quantized_alike(got, quantize.reference(x, bits, 64, 48, 0.9))
 
 
+@few_examples
+@given(tokens, layouts, dtypes, st.sampled_from([1, 2, 99]), seeds)
+def test_kernel_with_groups_of_two_precisions(
+    tokens: int, layout: GroupLayout, dtype: torch.dtype, wide: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, layout.width, dtype=dtype)
+    order = random_order(layout.width)
+    wide = min(wide, layout.num_groups)
+    numbers = (4, layout.group_size, layout.outlier_channels, 0.9, wide)
+    x_on_device, order_on_device = x.to(kernel_device()), order.to(kernel_device())
+    with poisoned_memory():
+        plain = quantize.launch(x_on_device, *numbers)
+        reordered = quantize.reorder_launch(x_on_device, order_on_device, *numbers)
+    assert_quantized_alike(plain, quantize.reference(x, *numbers))
+    assert_quantized_alike(reordered, quantize.reorder_reference(x, order, *numbers))
+
+
+def test_int8_groups_are_the_last_ones_before_the_outliers() -> None:
+    x = torch.randn(5, 344)
+    narrow = quantize.reference(x, 4, 128, 16, 0.9)
+    wide = quantize.reference(x, 8, 128, 16, 1.0)
+    for count in range(4):
+        codes, scale = quantize.reference(x, 4, 128, 16, 0.9, count)
+        cut = 3 - count
+        assert torch.equal(codes[:, : 128 * cut], narrow[0][:, : 128 * cut])
+        assert torch.equal(codes[:, 128 * cut :], wide[0][:, 128 * cut :])
+        assert torch.equal(scale, torch.cat([narrow[1][:cut], wide[1][cut:]]))
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.parametrize("int8_groups", [0, 2])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("channel", [0, 343])
-def test_a_poisoned_token_poisons_no_other(poison: float, channel: int) -> None:
+def test_a_poisoned_token_poisons_no_other(poison: float, channel: int, int8_groups: int) -> None:
     x = torch.randn(3, 344)
-    clean_codes, clean_scale = quantize.reference(x, 4, 128, 16, 0.9)
+    numbers = (4, 128, 16, 0.9, int8_groups)
+    clean_codes, clean_scale = quantize.reference(x, *numbers)
     x[1, channel] = poison
-    codes, scale = quantize.launch(x.to(kernel_device()), 4, 128, 16, 0.9)
-    assert_quantized_alike((codes, scale), quantize.reference(x, 4, 128, 16, 0.9))
+    codes, scale = quantize.launch(x.to(kernel_device()), *numbers)
+    assert_quantized_alike((codes, scale), quantize.reference(x, *numbers))
     assert (~scale[:, 1].isfinite()).sum() == 1
     assert torch.equal(codes[::2].cpu(), clean_codes[::2])
     assert torch.equal(scale[:, ::2].cpu(), clean_scale[:, ::2])
@@ -77,6 +110,7 @@ def test_channels_inside_the_clip_range_are_half_a_step_off_at_most() -> None:
 def test_operators_pass_opcheck() -> None:
     x = torch.randn(2, 3, 344)
     torch.library.opcheck(torch.ops.atom.quantize.default, (x, 4, 128, 16, 0.9))
+    torch.library.opcheck(torch.ops.atom.quantize.default, (x, 4, 128, 16, 0.9, 2))
     torch.library.opcheck(
         torch.ops.atom.reorder_quantize.default, (x, random_order(344), 4, 128, 16, 0.9)
     )

@@ -1,0 +1,139 @@
+"""GPTQ, Atom's way: a weight is rounded group by group, later columns make up for earlier ones.
+
+    minimize  || W X - Q X ||^2  over Q on the grid,  H = X X^T / tokens
+
+Columns come in channel order, the outliers last, so that the errors of all groups flow into columns
+of INT8. X is what the linear will really read: the *quantized* activation. Sources: GPTQ (arXiv
+2210.17323), section 3; Atom (arXiv 2310.19102), section 4.
+
+Shapes: N output rows, K input channels in order, G groups. Weights are held transposed, (K, N), as
+every step works on one channel of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels.packing import OUTLIER_BITS, TINY, GroupLayout, PackedWeight, pack_codes
+
+WEIGHT_CLIPS = tuple(round(1.0 - 0.05 * step, 2) for step in range(11))
+"""The shares of a group's largest weight that are tried as the end of its grid: 1.0 to 0.5."""
+
+_DAMPING = 0.01
+_MOST_DAMPING = 1e3
+
+
+class Rounded(NamedTuple):
+    """A packed weight, rows as they were and columns in order, and what was unusual about it."""
+
+    packed: PackedWeight
+    note: str | None
+
+
+class _Grid(NamedTuple):
+    """Codes are integers from -largest - 1 to `largest`, times `scale` (N,)."""
+
+    scale: Tensor
+    largest: int
+
+    def round(self, x_KN: Tensor) -> Tensor:
+        return (x_KN / self.scale).round().clamp(-self.largest - 1, self.largest)
+
+
+def round_weight(
+    weight: Tensor,
+    hessian: Tensor,
+    layout: GroupLayout,
+    bits: int,
+    clips: Sequence[float] = WEIGHT_CLIPS,
+) -> Rounded:
+    """weight (N, K) in channel order, hessian (K, K) of its quantized input, in that order too.
+
+    clips: the candidates of each group's clip; the best for the output is taken, row by row.
+    """
+    factor, importance, note = _error_factor(hessian.float())
+    remaining_KN = weight.float().t().contiguous()
+    codes_KN = torch.zeros_like(remaining_KN)
+    scales = []
+    for start, end in _cuts(layout):
+        block_KN = remaining_KN[start:end]
+        if start < layout.width - layout.outlier_channels:
+            grid = _best_grid(block_KN, importance[start:end], bits, clips)
+            scales.append(grid.scale)
+        else:
+            largest = 2 ** (OUTLIER_BITS - 1) - 1
+            grid = _Grid((block_KN.abs().amax(0) / largest).clamp(min=TINY), largest)
+        codes_KN[start:end], errors_KN = _round_block(block_KN, factor[start:end, start:end], grid)
+        remaining_KN[end:] -= factor[start:end, end:].t() @ errors_KN
+    groups, outliers = layout.split(codes_KN.t())
+    outlier_scale = grid.scale if layout.outlier_channels else weight.new_zeros(weight.shape[0])
+    return Rounded(pack_codes(groups, torch.stack(scales, 1), outliers, outlier_scale), note)
+
+
+def _cuts(layout: GroupLayout) -> list[tuple[int, int]]:
+    """Where groups begin and end among the channels; the outliers are the last one."""
+    grouped = layout.width - layout.outlier_channels
+    starts = range(0, grouped, layout.group_size)
+    cuts = [(start, min(start + layout.group_size, grouped)) for start in starts]
+    return [*cuts, (grouped, layout.width)] if layout.outlier_channels else cuts
+
+
+def _error_factor(hessian: Tensor) -> tuple[Tensor, Tensor, str | None]:
+    """The upper Cholesky factor (K, K) of the damped Hessian's inverse, its diagonal, a note.
+
+    Damping grows until the factor exists; a channel that was never anything but zero cannot cause
+    an error and gets an average diagonal.
+    """
+    hessian = hessian.double().clone()
+    diagonal = hessian.diagonal()
+    dead = diagonal <= 0
+    mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
+    diagonal[dead] = mean
+    notes = [f"{int(dead.sum())} dead input channels"] if bool(dead.any()) else []
+    damping = _DAMPING
+    undamped = diagonal.clone()
+    while True:
+        hessian.diagonal().copy_(undamped + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed.item():
+            inverse = torch.cholesky_inverse(lower)
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed.item() and bool(factor.isfinite().all()):
+            break
+        assert damping < _MOST_DAMPING, "a positive diagonal this heavy has a factor"
+        damping *= 10
+    if damping > _DAMPING:
+        notes.append(f"ill-conditioned Hessian, damped by {damping:g}")
+    return factor.float(), undamped.float(), "; ".join(notes) or None
+
+
+def _best_grid(block_KN: Tensor, importance: Tensor, bits: int, clips: Sequence[float]) -> _Grid:
+    """For each row the clip with the least squared error, channels weighted by `importance` (K,).
+
+    The scale is rounded to bfloat16, as it is stored, before anything is rounded to it.
+    """
+    largest = 2 ** (bits - 1) - 1
+    peak = block_KN.abs().amax(0)
+    best_scale, least = torch.empty_like(peak), torch.full_like(peak, torch.inf)
+    for clip in clips:
+        scale = (peak * (clip / largest)).clamp(min=TINY).to(torch.bfloat16).float()
+        grid = _Grid(scale, largest)
+        error = ((grid.round(block_KN) * scale - block_KN).square() * importance[:, None]).sum(0)
+        better = error < least
+        best_scale, least = torch.where(better, scale, best_scale), torch.minimum(error, least)
+    return _Grid(best_scale, largest)
+
+
+def _round_block(block_KN: Tensor, factor: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+    """Codes of a block, one channel after the other, and the errors that later blocks take over."""
+    block_KN = block_KN.clone()
+    codes_KN, errors_KN = torch.empty_like(block_KN), torch.empty_like(block_KN)
+    for k in range(len(block_KN)):
+        codes_KN[k] = grid.round(block_KN[k])
+        errors_KN[k] = (block_KN[k] - codes_KN[k] * grid.scale) / factor[k, k]
+        block_KN[k + 1 :].addr_(factor[k, k + 1 :], errors_KN[k], alpha=-1)
+    return codes_KN, errors_KN

@@ -1,0 +1,289 @@
+"""Rounds weights linear by linear, each on what the quantized linears before it compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import AtomError, RecipeError
+from .gptq import round_weight
+from .kernels.packing import PackedWeight, dequantize_weight
+from .passes.linears import FoundLinear
+from .precision import ACTIVATION_CLIPS, fake_quantize, sample_rows
+from .recipe import (
+    LayerChoice,
+    RoundedWeight,
+    checksum,
+    rounded_from_tensors,
+    rounded_to_tensors,
+    save_whole,
+)
+from .replay import Call, Stream
+from .scheme import Scheme
+
+_SAMPLED_TOKENS = 2048
+
+
+class Rounder:
+    """Fills in clips, errors and rounded weights."""
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        orders: Mapping[str, Tensor],
+        layers: Mapping[str, LayerChoice],
+        error_budget: float | None,
+        resume: str | Path | None,
+    ) -> None:
+        self._scheme = scheme
+        self._orders = orders
+        self._layers = dict(layers)
+        self._error_budget = error_budget
+        self._folder = None if resume is None else _Folder(Path(resume))
+        self._rounded: dict[str, RoundedWeight] = {}
+        # dense float32 weights, in order, of the linears that batches have yet to run through
+        self._dense: dict[str, Tensor] = {}
+        self._last_input: tuple[Tensor, str, Tensor] | None = None
+
+    @torch.no_grad()
+    def run(
+        self, together: Sequence[Sequence[Call]], progress: bool
+    ) -> tuple[dict[str, LayerChoice], dict[str, RoundedWeight]]:
+        """`together`: see `replay.abreast`."""
+        if self._folder is not None:
+            self._folder.open(_key(together, self._scheme, self._error_budget))
+        total = sum(len(calls[0].groups) * len(calls) for calls in together)
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=not progress, transient=True) as bar:
+            task = bar.add_task("rounding", total=total)
+            for calls in together:
+                self._run_abreast(calls, lambda: bar.advance(task))
+        if self._folder is not None:
+            self._folder.remove()
+        return self._layers, self._rounded
+
+    def _run_abreast(self, calls: Sequence[Call], step: Any) -> None:
+        streams = [Stream(call, self._linear) for call in calls]
+        for number in range(len(calls[0].groups)):
+            groups = [stream.call.groups[number] for stream in streams]
+            for stream, group in zip(streams, groups, strict=True):
+                stream.advance(group[0].x)
+                step()
+            self._dense.clear()
+            self._last_input = None
+            xs = [stream.value(group[0].x) for stream, group in zip(streams, groups, strict=True)]
+            weights = [_weight(streams[0], found) for found in groups[0]]
+            self._quantize([found.name for found in groups[0]], weights, xs)
+
+    def _linear(self, found: FoundLinear, x: Tensor, weight: Tensor) -> Tensor | None:
+        choice = self._layers[found.name]
+        if choice.keep or found.name not in self._rounded:
+            return None
+        if found.name not in self._dense:  # a weight that a graph reads a second time
+            self._dense[found.name] = self._to_dense(found.name)
+        # compared as objects: linears of one activation follow each other and share the rounding
+        if self._last_input is None or self._last_input[0] is not x:
+            ordered = x[..., self._orders[found.name]]
+            layout = self._scheme.layout(x.shape[-1])
+            rounded = fake_quantize(
+                ordered, self._scheme, layout, choice.activation_clip, choice.int8_groups
+            )
+            self._last_input = x, found.name, rounded
+        return F.linear(self._last_input[2], self._dense[found.name])
+
+    def _to_dense(self, name: str) -> Tensor:
+        layout = self._scheme.layout(self._orders[name].numel())
+        packed = PackedWeight(
+            *(one.to(self._orders[name].device) for one in self._rounded[name].packed)
+        )
+        return dequantize_weight(packed, layout)
+
+    def _quantize(self, names: Sequence[str], weights: Sequence[Tensor], xs: list[Tensor]) -> None:
+        """Rounds the linears of one activation. xs: its value in each batch, (*, K)."""
+        known = self._folder.load(names) if self._folder is not None else None
+        if known is not None:
+            layers, rounded = known
+            self._layers |= layers
+            self._rounded |= rounded
+            return
+        if all(name in self._rounded for name in names):
+            return  # the same weights, read again
+        order = self._orders[names[0]]
+        xs = [x[..., order].reshape(-1, order.numel()) for x in xs]
+        ordered = [weight[:, order] for weight in weights]
+        most = -(-_SAMPLED_TOKENS // len(xs))
+        sample = torch.cat([sample_rows(x, most) for x in xs])
+        self._search_clip(names, ordered, sample)
+        errors = self._round(names, weights, ordered, xs, sample)
+        if self._error_budget is not None and max(errors) > self._error_budget:
+            self._lift(names, weights, ordered, xs, sample, max(errors))
+        if self._folder is not None:
+            self._folder.save(names, self._layers, self._rounded)
+
+    def _search_clip(self, names: Sequence[str], ordered: Sequence[Tensor], x: Tensor) -> None:
+        """The clip with the least error of the outputs of x, x (T, K) and weights in order."""
+        choice = self._layers[names[0]]
+        layout = self._scheme.layout(x.shape[1])
+        if self._scheme.activation_bits >= 8:
+            return
+        gram = sum(weight.float().t() @ weight.float() for weight in ordered)
+
+        def error(clip: float) -> float:
+            wrong = fake_quantize(x, self._scheme, layout, clip, choice.int8_groups) - x
+            return float(((wrong @ gram) * wrong).sum())
+
+        clip = min(ACTIVATION_CLIPS, key=error)
+        self._choose(names, activation_clip=clip)
+
+    def _round(
+        self,
+        names: Sequence[str],
+        weights: Sequence[Tensor],
+        ordered: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        sample: Tensor,
+    ) -> list[float]:
+        """Rounds each weight to what the activation becomes; returns each output's error."""
+        choice = self._layers[names[0]]
+        layout = self._scheme.layout(sample.shape[1])
+        numbers = (self._scheme, layout, choice.activation_clip, choice.int8_groups)
+        hessian: Tensor = torch.zeros((), device=sample.device)
+        for x in xs:
+            rounded_x = fake_quantize(x, *numbers)
+            hessian = hessian + rounded_x.t() @ rounded_x
+        hessian = hessian / sum(len(x) for x in xs)
+        if not bool(hessian.isfinite().all()):
+            raise AtomError(f"the input of {names[0]} is not finite in the quantized model")
+        rounded_sample = fake_quantize(sample, *numbers)
+        errors = []
+        for name, weight, in_order in zip(names, weights, ordered, strict=True):
+            packed, note = round_weight(in_order, hessian, layout, self._scheme.weight_bits)
+            self._dense[name] = dequantize_weight(packed, layout)
+            wanted = F.linear(sample, in_order.float())
+            noise = F.linear(rounded_sample, self._dense[name]) - wanted
+            errors.append(float(noise.square().sum() / wanted.square().sum().clamp(min=1e-30)))
+            on_cpu = PackedWeight(*(one.cpu() for one in packed))
+            self._rounded[name] = RoundedWeight(on_cpu, checksum(weight).cpu())
+            self._choose([name], error=errors[-1], note=note)
+        return errors
+
+    def _lift(
+        self,
+        names: Sequence[str],
+        weights: Sequence[Tensor],
+        ordered: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        sample: Tensor,
+        error: float,
+    ) -> None:
+        """The next precisions, until the error is within the budget: INT8 activations, 16 bits."""
+        assert self._error_budget is not None
+        layout = self._scheme.layout(sample.shape[1])
+        reason = f"error {error:.4f}, budget {self._error_budget:g}"
+        if self._layers[names[0]].int8_groups < layout.num_groups:
+            self._choose(names, int8_groups=layout.num_groups, reason=reason)
+            error = max(self._round(names, weights, ordered, xs, sample))
+        if error > self._error_budget:
+            reason = f"error {error:.4f} with INT8 activations, budget {self._error_budget:g}"
+            self._choose(names, keep=True, error=0.0, reason=reason)
+            for name in names:
+                del self._rounded[name], self._dense[name]
+
+    def _choose(self, names: Sequence[str], **changes: Any) -> None:
+        for name in names:
+            self._layers[name] = dataclasses.replace(self._layers[name], **changes)
+
+
+def _weight(stream: Stream, found: FoundLinear) -> Tensor:
+    weight = stream.value(found.weight).detach()
+    return weight.t() if found.transposed else weight
+
+
+def _key(together: Sequence[Sequence[Call]], scheme: Scheme, error_budget: float | None) -> str:
+    """What a calibration was asked for: model, batches, scheme."""
+    digest = hashlib.sha256(repr((scheme, error_budget)).encode())
+    for calls in together:
+        digest.update(repr(calls[0].names).encode())
+        for call in calls:
+            for node, one in zip(
+                call.gm.graph.find_nodes(op="placeholder"), call.args, strict=True
+            ):
+                if isinstance(one, Tensor):
+                    digest.update(repr((node.name, one.dtype, one.shape)).encode())
+                    digest.update(one.detach().double().sum().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Folder:
+    """Finished linears of a calibration under way, one file for those of one activation."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._key = ""
+        self._written = 0
+
+    def open(self, key: str) -> None:
+        """Raises RecipeError if it belongs to another calibration."""
+        self._key = key
+        self._path.mkdir(parents=True, exist_ok=True)
+        for file in self._files():
+            if self._read(file)[0] != key:
+                raise RecipeError(
+                    f"{self._path} holds a calibration of another model, text or scheme; "
+                    "remove it or resume from another folder"
+                )
+
+    def load(
+        self, names: Sequence[str]
+    ) -> tuple[dict[str, LayerChoice], dict[str, RoundedWeight]] | None:
+        file = self._file(names)
+        if not file.is_file():
+            return None
+        _, header, tensors = self._read(file)
+        layers = {name: LayerChoice(**choice) for name, choice in json.loads(header).items()}
+        return layers, rounded_from_tensors(tensors)
+
+    def save(
+        self,
+        names: Sequence[str],
+        layers: Mapping[str, LayerChoice],
+        rounded: Mapping[str, RoundedWeight],
+    ) -> None:
+        header = json.dumps({name: dataclasses.asdict(layers[name]) for name in names})
+        tensors = {"-": torch.zeros(0)}  # a layer that is kept has none, and a file needs one
+        for name in names:
+            if name in rounded:
+                tensors |= rounded_to_tensors(name, rounded[name])
+        save_whole(tensors, {"key": self._key, "layers": header}, self._file(names))
+
+    def remove(self) -> None:
+        for file in self._files():
+            file.unlink()
+        if not any(self._path.iterdir()):
+            self._path.rmdir()
+
+    def _files(self) -> list[Path]:
+        return sorted(self._path.glob("linears-*.safetensors"))
+
+    def _file(self, names: Sequence[str]) -> Path:
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+        return self._path / f"linears-{digest}.safetensors"
+
+    def _read(self, file: Path) -> tuple[str, str, dict[str, Tensor]]:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                return metadata["key"], metadata["layers"], tensors
+        except (SafetensorError, KeyError) as error:
+            raise RecipeError(f"{file} is damaged: {error}; remove it") from error
