@@ -45,7 +45,9 @@ class Size(NamedTuple):
     K: int
 
 
-Candidate = tuple[str, linear.Tiling]  # a kernel's path, and how it is launched
+Candidate = tuple[
+    str, linear.Tiling | linear.HopperTiling
+]  # a kernel's path, and how it is launched
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ def _tune_size(
     setting: Setting, size: Size, quick: bool, describe: Callable[[int, int], None]
 ) -> Outcome:
     N, num_groups, group_size, M = _key_of(setting, size)
-    default = linear.PATH, linear.default_tiling(M, N, num_groups, _processors(setting.device))
+    outliers = setting.scheme.layout(size.K).outlier_channels
+    tiling = linear.fastest_tiling(M, N, num_groups, group_size, outliers, setting.device)
+    default = linear.path_of(tiling), tiling
     others = linear.candidates(M, N, num_groups)[: _QUICK_CANDIDATES if quick else None]
     candidates = list(dict.fromkeys([default, *others]))
     contest = _Contest(setting, size)
@@ -189,12 +193,6 @@ def _inputs(setting: Setting, size: Size, index: int) -> tuple[Tensor, ...]:
     weight = setting.weight_draw(index).normal(N, K)
     packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
     return codes, scale, *packed
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _write(path: Path, rows: list[dict[str, Any]], setting: Setting) -> None:

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tuning
+from . import linear_hopper, tuning
 from .library import define
-from .packing import unpack_int4
+from .linear_hopper import HopperTiling
+from .packing import GroupLayout, unpack_int4
 
 
 def reference(
@@ -98,7 +99,8 @@ def linear_kernel(
     codes_ptr,
     scale_ptr,
     weight_ptr,
-    weight_scale_ptr,
+    group_scale_ptr,
+    row_scale_ptr,
     outlier_weight_ptr,
     outlier_scale_ptr,
     bias_ptr,
@@ -118,16 +120,18 @@ def linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    TWO_LEVEL: tl.constexpr,
     TILES_PER_BAND: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """One tile of out^T = weight codes^T: a weight on the left stays in registers, unpacked.
 
     Programs along the grid's second axis split K: each leaves a float32 partial sum, and the last
-    to arrive adds them up in order.
+    to arrive adds them up in order. TWO_LEVEL: group scales are INT8 factors of a row's scale, and
+    a token has one scale (two_level_linear.py).
     """
     GROUP: tl.constexpr = 2 * HALF_GROUP
-    OUTLIERS_FIRST: tl.constexpr = BLOCK_M >= 64
+    OUTLIERS_FIRST: tl.constexpr = BLOCK_M >= 64 and not TWO_LEVEL
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1) if IS_SPLIT else 1
@@ -151,27 +155,26 @@ def linear_kernel(
     codes_tile = codes_rows + tl.arange(0, GROUP)[:, None]
     weight_tile = weight_ptr + n_row[:, None] * HALF_GROUP + tl.arange(0, HALF_GROUP)[None, :]
 
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if TWO_LEVEL else tl.float32)
     has_outliers = split == splits - 1
     if OUTLIERS > 0:
         lane = tl.arange(0, OUTLIER_BLOCK)
         live = (lane < OUTLIERS) & has_outliers
         outlier_codes = tl.load(
-            codes_rows + num_groups * GROUP + lane[:, None], mask=live[:, None], other=0
+            codes_rows + codes_stride - OUTLIERS + lane[:, None], mask=live[:, None], other=0
         )
         outlier_weight = tl.load(
             outlier_weight_ptr + n_row[:, None] * OUTLIERS + lane[None, :],
             mask=live[None, :],
             other=0,
         )
+        last_scale = 1 if TWO_LEVEL else num_groups
         outlier_scale = tl.load(
-            scale_ptr + tl.cast(num_groups, tl.int64) * M + m,
-            mask=live_m & has_outliers,
-            other=0.0,
+            scale_ptr + tl.cast(last_scale, tl.int64) * M + m, mask=live_m & has_outliers, other=0.0
         )
-        outlier_weight_scale = (
-            tl.load(outlier_scale_ptr + n, mask=live_n & has_outliers, other=0.0) * 16.0
-        )
+        outlier_weight_scale = tl.load(
+            outlier_scale_ptr + n, mask=live_n & has_outliers, other=0.0
+        ) * (1.0 if TWO_LEVEL else 16.0)
         # a large tile needs these registers in its loop, a small one would wait for the loads
         if OUTLIERS_FIRST:
             if has_outliers:
@@ -182,23 +185,30 @@ def linear_kernel(
 
     first = split * num_groups // splits
     end = (split + 1) * num_groups // splits
-    weight_scale = tl.load(
-        weight_scale_ptr + tl.cast(first, tl.int64) * N + n, mask=live_n, other=0.0
+    group_scale = tl.load(group_scale_ptr + tl.cast(first, tl.int64) * N + n, mask=live_n, other=0)
+    scale = tl.load(
+        scale_ptr + tl.cast(0 if TWO_LEVEL else first, tl.int64) * M + m, mask=live_m, other=0.0
     )
-    scale = tl.load(scale_ptr + tl.cast(first, tl.int64) * M + m, mask=live_m, other=0.0)
     for group in range(first, end):
         # Triton does not pipeline loads this small: they are fetched one step ahead
         following = tl.cast(tl.minimum(group + 1, num_groups - 1), tl.int64)
-        next_weight_scale = tl.load(weight_scale_ptr + following * N + n, mask=live_n, other=0.0)
-        next_scale = tl.load(scale_ptr + following * M + m, mask=live_m, other=0.0)
+        next_group_scale = tl.load(group_scale_ptr + following * N + n, mask=live_n, other=0)
+        if not TWO_LEVEL:
+            next_scale = tl.load(scale_ptr + following * M + m, mask=live_m, other=0.0)
         packed = tl.load(weight_tile + tl.cast(group, tl.int64) * N * HALF_GROUP).to(
             tl.int8, bitcast=True
         )
         codes = tl.load(codes_tile + group * GROUP)
-        sums = tl.dot(_unpack(packed, PTX), codes, out_dtype=tl.int32)
-        acc += sums.to(tl.float32) * (weight_scale.to(tl.float32)[:, None] * scale[None, :])
-        weight_scale = next_weight_scale
-        scale = next_scale
+        sums = tl.dot(_unpack(packed, PTX), codes, out_dtype=tl.int32)  # 16 times the codes' own
+        if TWO_LEVEL:
+            acc += (sums >> 4) * group_scale.to(tl.int32)[:, None]
+        else:
+            acc += sums.to(tl.float32) * (group_scale.to(tl.float32)[:, None] * scale[None, :])
+            scale = next_scale
+        group_scale = next_group_scale
+    if TWO_LEVEL:
+        row_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
+        acc = acc.to(tl.float32) * (row_scale[:, None] * scale[None, :])
     if OUTLIERS > 0:
         if not OUTLIERS_FIRST:
             if has_outliers:
@@ -206,7 +216,8 @@ def linear_kernel(
                 acc += sums.to(tl.float32) * (
                     outlier_weight_scale[:, None] * outlier_scale[None, :]
                 )
-    acc *= 0.0625  # the codes were 16 times themselves
+    if not TWO_LEVEL:
+        acc *= 0.0625
 
     live = live_m[None, :] & live_n[:, None]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
@@ -265,13 +276,14 @@ def default_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> Til
     return Tiling(block_n, block_m, 1 << (split_k.bit_length() - 1))
 
 
-def candidates(M: int, N: int, num_groups: int) -> list[tuple[str, Tiling]]:
+def candidates(M: int, N: int, num_groups: int) -> list[tuple[str, Tiling | HopperTiling]]:
     """(path, tiling) that tuning measures, the likeliest first: around what serves such sizes."""
     block_m = min(max(8, triton.next_power_of_2(M)), 128)
     widths = [block for block in (64, 128, 32, 256) if block * block_m <= 128 * 128]
     heights = [block_m] if block_m < 128 else [128, 64]
     splits = [split for split in (1, 2, 4, 8, 16) if split <= num_groups // 2 and split * M <= 2048]
-    return [
+    hopper = linear_hopper.tilings(two_level=False) if M > _FEW_TOKENS else []
+    return [(linear_hopper.PATH, tiling) for tiling in hopper] + [
         (PATH, Tiling(block_n, height, split_k, num_warps, num_stages))
         for num_warps in (4, 8)
         for num_stages in (3, 4, 2, 5)
@@ -281,13 +293,53 @@ def candidates(M: int, N: int, num_groups: int) -> list[tuple[str, Tiling]]:
     ]
 
 
+_FEW_TOKENS = 32  # up to so many the weights' bytes are all that matters
+
+
+def fastest_tiling(
+    M: int, N: int, num_groups: int, group_size: int, outliers: int, device: torch.device,
+    two_level: bool = False,
+) -> Tiling | HopperTiling:  # fmt: skip
+    """For sizes that nobody tuned: by a model of what each kernel takes."""
+    multiprocessors = _multiprocessors(device)
+    if M > _FEW_TOKENS and linear_hopper.fits(device, N, group_size, outliers):
+        sizes = M, N, num_groups, outliers, two_level, multiprocessors
+        tiling, microseconds = linear_hopper.best_tiling(*sizes)
+        # measured of linear_kernel: 4 us, and 250 T multiplications a second
+        if microseconds < 4 + M * N * num_groups * group_size / 250e6:
+            return tiling
+    return default_tiling(M, N, num_groups, multiprocessors)
+
+
 @functools.lru_cache(maxsize=4096)
-def choose_tiling(M: int, N: int, num_groups: int, group_size: int, device: torch.device) -> Tiling:
+def choose_tiling(
+    M: int, N: int, num_groups: int, group_size: int, outliers: int, device: torch.device,
+    two_level: bool = False,
+) -> Tiling | HopperTiling:  # fmt: skip
     """The tuned one, where there is one."""
-    tuned = tuning.find(device, M, N, num_groups, group_size)
+    tuned = None if two_level else tuning.find(device, M, N, num_groups, group_size)
     if tuned and tuned.path == PATH and set(tuned.tiling) == set(Tiling._fields):
         return Tiling(**tuned.tiling)
-    return default_tiling(M, N, num_groups, _multiprocessors(device))
+    if (
+        tuned
+        and tuned.path == linear_hopper.PATH
+        and set(tuned.tiling) == set(HopperTiling._fields)
+    ):
+        if linear_hopper.fits(device, N, group_size, outliers):
+            return HopperTiling(**tuned.tiling)
+    return fastest_tiling(M, N, num_groups, group_size, outliers, device, two_level)
+
+
+def describe(M: int, N: int, layout: GroupLayout, device: torch.device) -> str:
+    """The path that a product of these sizes takes."""
+    if device.type != "cuda":
+        return "reference"
+    sizes = layout.num_groups, layout.group_size, layout.outlier_channels
+    return path_of(choose_tiling(M, N, *sizes, device))
+
+
+def path_of(tiling: Tiling | HopperTiling) -> str:
+    return PATH if isinstance(tiling, Tiling) else linear_hopper.PATH
 
 
 @functools.cache
@@ -333,19 +385,23 @@ class _Arrivals:
 _arrivals = functools.cache(_Arrivals)
 
 
-def launch(
+def multiply(
     codes: Tensor,
     scale: Tensor,
     weight: Tensor,
-    weight_scale: Tensor,
+    group_scale: Tensor,
+    row_scale: Tensor | None,
     outlier_weight: Tensor,
     outlier_scale: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
-    tiling: Tiling | None = None,
+    tiling: Tiling | HopperTiling | None = None,
 ) -> Tensor:
-    """The Triton kernel on the arguments of `reference`; `tiling` is for tuning."""
+    """`linear` on a GPU, `group_scale` being its weight_scale; with `row_scale`, two_level_linear.
+
+    tiling: for tuning; it names the kernel as well.
+    """
     num_groups, N, half_group = weight.shape
     outliers = outlier_weight.shape[1]
     codes = codes.contiguous()
@@ -356,7 +412,33 @@ def launch(
         return out
     if residual is not None:
         residual = residual.expand(out.shape).contiguous()
-    tiling = tiling or choose_tiling(M, N, num_groups, 2 * half_group, codes.device)
+    tiling = tiling or choose_tiling(
+        M, N, num_groups, 2 * half_group, outliers, codes.device, row_scale is not None
+    )
+    launcher = _launch if isinstance(tiling, Tiling) else linear_hopper.launch
+    launcher(
+        codes, scale, weight, group_scale, row_scale, outlier_weight, outlier_scale, bias, residual,
+        out, tiling,
+    )  # fmt: skip
+    return out
+
+
+def _launch(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    group_scale: Tensor,
+    row_scale: Tensor | None,
+    outlier_weight: Tensor,
+    outlier_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    tiling: Tiling,
+) -> None:
+    num_groups, N, half_group = weight.shape
+    outliers = outlier_weight.shape[1]
+    M = codes.numel() // codes.shape[-1]
     tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, tiling.block_n)
     partial, arrivals = out, out
     if tiling.split_k > 1:
@@ -366,7 +448,8 @@ def launch(
         codes,
         scale,
         weight,
-        weight_scale,
+        group_scale,
+        outlier_scale if row_scale is None else row_scale,
         outlier_weight,
         outlier_scale,
         out if bias is None else bias,
@@ -386,12 +469,31 @@ def launch(
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         IS_SPLIT=tiling.split_k > 1,
+        TWO_LEVEL=row_scale is not None,
         TILES_PER_BAND=8,
         PTX=codes.is_cuda,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
-    return out
+
+
+def launch(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    outlier_weight: Tensor,
+    outlier_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    tiling: Tiling | HopperTiling | None = None,
+) -> Tensor:
+    """The kernels on the arguments of `reference`; `tiling` is for tuning."""
+    return multiply(
+        codes, scale, weight, weight_scale, None, outlier_weight, outlier_scale, bias, residual,
+        dtype, tiling,
+    )  # fmt: skip
 
 
 linear = define(

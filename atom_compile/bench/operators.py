@@ -98,7 +98,7 @@ def _linear_cases_at(
         case,
         flops=2 * M * N * layout.padded_width,
         arithmetic="8-bit",
-        path=chosen_path(M, N, layout.num_groups, setting.device),
+        path=linear.describe(M, N, layout, setting.device),
     )
     return [
         case(
@@ -129,14 +129,6 @@ def _linear_cases_at(
             reference=reference,
         ),
     ]
-
-
-def chosen_path(M: int, N: int, num_groups: int, device: torch.device) -> str:
-    """The kernel that `atom.linear` takes at these sizes."""
-    if device.type != "cuda":
-        return "reference"
-    describe: Callable[..., str] | None = getattr(linear, "describe", None)
-    return describe(M, N, num_groups, device) if describe else "triton int8"
 
 
 def _norm_cases(setting: Setting, M: int) -> list[Case]:

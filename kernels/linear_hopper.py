@@ -1,0 +1,536 @@
+"""The product of `linear` and `two_level_linear` for many tokens on Hopper: TMA, wgmma, warp roles.
+
+Written in Gluon, since Triton itself neither keeps a left operand's registers in flight beside the
+tensor cores nor gives warps roles. One program holds three roles, which meet at mbarriers:
+
+    one warp               TMA and cp.async fill a ring of stages, each a group of channels
+    two warpgroups         unpack their rows of the weight into the registers that wgmma reads,
+                           multiply, and rescale
+
+A tile is out^T = weight codes^T: BLOCK_N = 128 * BLOCKS outputs and BLOCK_M tokens, each warpgroup
+with `BLOCKS` times 64 of the outputs. Programs are persistent and go over the tiles in bands.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+_OUTLIER_STEP = 64  # outliers that fill a stage: as many bytes as a group's packed row
+_ROLE_REGISTERS = 240  # of a thread that multiplies; one that loads needs no more than 24
+_TILES_PER_BAND = 8
+
+
+@gluon.jit
+def _tile_at(index, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BAND: gl.constexpr):
+    """Tiles go down bands of a few blocks of tokens: weights and activations stay in the L2."""
+    tiles_n = gl.cdiv(N, BLOCK_N)
+    band = index // (BAND * tiles_n)
+    height = gl.minimum(gl.cdiv(M, BLOCK_M) - band * BAND, BAND)
+    inside = index % (BAND * tiles_n)
+    return band * BAND + inside % height, inside // height
+
+
+@gluon.jit
+def _load(
+    codes_desc,
+    weight_desc,
+    outlier_desc,
+    scale_ptr,
+    group_scale_ptr,
+    codes_ring,
+    weight_ring,
+    scale_ring,
+    group_scale_ring,
+    full,
+    empty,
+    M,
+    N,
+    num_groups,
+    outliers_at,
+    OUTLIER_STEPS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BAND: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One warp: fills the ring with every group of every tile, and then with its outliers."""
+    GROUP: gl.constexpr = codes_ring.shape[2]
+    tokens_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    # cp.async moves at least 4 bytes
+    rows_layout: gl.constexpr = gl.BlockedLayout([4 if TWO_LEVEL else 2], [32], [1], [0])
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    step = 0
+    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        tile_m, tile_n = _tile_at(index, M, N, BLOCK_M, BLOCK_N, BAND)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N
+        m = gl.minimum(m0 + gl.arange(0, BLOCK_M, layout=tokens_layout), M - 1)
+        n = n0 + gl.arange(0, BLOCK_N, layout=rows_layout)
+        for group in range(num_groups):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, BLOCK_M * GROUP + BLOCK_N * GROUP // 2)
+            # past the last row TMA reads the next group's rows or zeros: neither is stored
+            tma.async_copy_global_to_shared(
+                weight_desc, [group * N + n0, 0], ready, weight_ring.index(stage)
+            )
+            tma.async_copy_global_to_shared(
+                codes_desc, [m0, group * GROUP], ready, codes_ring.index(stage)
+            )
+            async_copy.async_copy_global_to_shared(
+                group_scale_ring.index(stage),
+                group_scale_ptr + group.to(gl.int64) * N + n,
+                mask=n < N,
+            )
+            if not TWO_LEVEL:
+                async_copy.async_copy_global_to_shared(
+                    scale_ring.index(stage), scale_ptr + group.to(gl.int64) * M + m
+                )
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+            step += 1
+        for part in range(OUTLIER_STEPS):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, BLOCK_M * GROUP + BLOCK_N * GROUP // 2)
+            channel = part * (GROUP // 2)
+            tma.async_copy_global_to_shared(
+                outlier_desc, [n0, channel], ready, weight_ring.index(stage)
+            )
+            tma.async_copy_global_to_shared(
+                codes_desc, [m0, outliers_at + channel], ready, codes_ring.index(stage)
+            )
+            last_scale = 1 if TWO_LEVEL else num_groups
+            async_copy.async_copy_global_to_shared(
+                scale_ring.index(stage), scale_ptr + gl.to_tensor(last_scale).to(gl.int64) * M + m
+            )
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+            step += 1
+
+
+@gluon.jit
+def _unpack(packed, layout: gl.constexpr):
+    """Packed rows (64, group / 2) -> 16 times their codes, (64, group) int8: in upper halves.
+
+    Both codes of a byte stay in the thread that the tensor cores want them in: nothing moves.
+    """
+    low = gl.inline_asm_elementwise(
+        "{ .reg .b32 shifted; shl.b32 shifted, $1, 4; and.b32 $0, shifted, 0xF0F0F0F0; }",
+        "=r,r", [packed], dtype=gl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+    high = gl.inline_asm_elementwise(
+        "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [packed], dtype=gl.int8, is_pure=True, pack=4
+    )
+    halves = gl.permute(gl.join(low, high), (0, 2, 1))
+    return gl.convert_layout(gl.reshape(halves, (packed.shape[0], 2 * packed.shape[1])), layout)
+
+
+@gluon.jit
+def _unpack_scaled(packed, factor, layout: gl.constexpr):
+    """Packed rows (64, group / 2), factor (64,) of 1 to 16 -> codes times factor, (64, group) int8.
+
+    One multiplication for four codes: code + 8 is 0 to 15, and (code + 8) * factor + 128 - 8 *
+    factor stays within its byte. Source: LiquidGEMM (arXiv 2509.01229), section 4.
+    """
+    zeros = gl.full([packed.shape[0], packed.shape[1]], 0, gl.int32, layout=packed.type.layout)
+    offset = ((128 - 8 * factor) * 0x01010101)[:, None] + zeros
+    factor = factor[:, None] + zeros
+    low = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 code;
+        lop3.b32 code, $1, 0x0F0F0F0F, 0x08080808, 0x6A;
+        mad.lo.u32 code, code, $2, $6;
+        xor.b32 $0, code, 0x80808080;
+        }""",
+        "=r,r,r,r,r,r,r,r,r,r", [packed, factor, offset], dtype=gl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+    high = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 code;
+        shr.u32 code, $1, 4;
+        lop3.b32 code, code, 0x0F0F0F0F, 0x08080808, 0x6A;
+        mad.lo.u32 code, code, $2, $6;
+        xor.b32 $0, code, 0x80808080;
+        }""",
+        "=r,r,r,r,r,r,r,r,r,r", [packed, factor, offset], dtype=gl.int8, is_pure=True, pack=4,
+    )  # fmt: skip
+    halves = gl.permute(gl.join(low, high), (0, 2, 1))
+    return gl.convert_layout(gl.reshape(halves, (packed.shape[0], 2 * packed.shape[1])), layout)
+
+
+@gluon.jit
+def _operand(weight_ring, group_scale_ring, stage, ROW: gl.constexpr, TWO_LEVEL: gl.constexpr,
+             layout: gl.constexpr):  # fmt: skip
+    """Rows ROW to ROW + 64 of a stage's weight, as the tensor cores take them."""
+    packed = weight_ring.index(stage).slice(ROW, 64, dim=0).load(layout)
+    if TWO_LEVEL:
+        factor = group_scale_ring.index(stage).slice(ROW, 64, dim=0)
+        factor = factor.load(gl.SliceLayout(1, layout)).to(gl.int32)
+        return _unpack_scaled(packed, factor, layout)
+    else:
+        return _unpack(packed, layout)
+
+
+@gluon.jit
+def _rescaled(acc, sums, row_scale, scale_stage):
+    scale = scale_stage.load(gl.SliceLayout(0, acc.type.layout))
+    return acc + sums.to(gl.float32) * (row_scale[:, None] * scale[None, :])
+
+
+@gluon.jit
+def _group_rescaled(acc, sums, group_scale_ring, scale_ring, stage, ROW: gl.constexpr):
+    row_scale = group_scale_ring.index(stage).slice(ROW, 64, dim=0)
+    row_scale = row_scale.load(gl.SliceLayout(1, acc.type.layout)).to(gl.float32)
+    return _rescaled(acc, sums, row_scale, scale_ring.index(stage))
+
+
+@gluon.jit
+def _sum_groups(
+    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
+    num_groups, WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Two groups at a time, each with its own scales: 16 times the sum, (64, BLOCK_M) float32."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
+    layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    ROW: gl.constexpr = 64 * WARPGROUP
+    acc = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
+    nothing = gl.zeros([64, BLOCK_M], gl.int32, layout=mma)
+    if num_groups % 2 == 1:
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        weight = _operand(weight_ring, group_scale_ring, stage, ROW, False, layout)
+        codes = codes_ring.index(stage).permute((1, 0))
+        sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        acc = _group_rescaled(acc, sums, group_scale_ring, scale_ring, stage, ROW)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    for _ in range(num_groups // 2):
+        first = step % STAGES
+        second = (step + 1) % STAGES
+        mbarrier.wait(full.index(first), (step // STAGES) & 1)
+        weight = _operand(weight_ring, group_scale_ring, first, ROW, False, layout)
+        codes = codes_ring.index(first).permute((1, 0))
+        first_sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+        mbarrier.wait(full.index(second), ((step + 1) // STAGES) & 1)
+        weight = _operand(weight_ring, group_scale_ring, second, ROW, False, layout)
+        codes = codes_ring.index(second).permute((1, 0))
+        second_sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+        sums = warpgroup_mma_wait(1, deps=[first_sums])
+        acc = _group_rescaled(acc, sums, group_scale_ring, scale_ring, first, ROW)
+        mbarrier.arrive(empty.index(first), count=1)
+        sums = warpgroup_mma_wait(0, deps=[second_sums])
+        acc = _group_rescaled(acc, sums, group_scale_ring, scale_ring, second, ROW)
+        mbarrier.arrive(empty.index(second), count=1)
+        step += 2
+    return acc, step
+
+
+@gluon.jit
+def _sum_rows(
+    codes_ring, weight_ring, group_scale_ring, full, empty, step,
+    num_groups, WARPGROUP: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The INT32 sums over all groups of one or two blocks of rows, (64, BLOCK_M) each."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
+    layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    ROW: gl.constexpr = 64 * BLOCKS * WARPGROUP
+    upper = gl.zeros([64, BLOCK_M], gl.int32, layout=mma)
+    lower = upper
+    for _ in range(num_groups):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        codes = codes_ring.index(stage).permute((1, 0))
+        weight = _operand(weight_ring, group_scale_ring, stage, ROW, True, layout)
+        upper_sums = warpgroup_mma(weight, codes, upper, is_async=True)
+        if BLOCKS == 2:
+            weight = _operand(weight_ring, group_scale_ring, stage, ROW + 64, True, layout)
+            lower_sums = warpgroup_mma(weight, codes, lower, is_async=True)
+            upper, lower = warpgroup_mma_wait(0, deps=[upper_sums, lower_sums])
+        else:
+            upper = warpgroup_mma_wait(0, deps=[upper_sums])
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return upper, lower, step
+
+
+@gluon.jit
+def _finish(
+    acc, codes_ring, weight_ring, scale_ring, full, step, outlier_scale_ptr, bias_ptr,
+    residual_ptr, out_ptr, m0, n0, M, N, ROW: gl.constexpr, OUTLIER_STEPS: gl.constexpr,
+    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """Adds the outliers, bias and residual of 64 outputs from n0 on, and stores them."""
+    BLOCK_M: gl.constexpr = acc.shape[1]
+    mma: gl.constexpr = acc.type.layout
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    if OUTLIER_STEPS > 0:
+        nothing = gl.zeros([64, BLOCK_M], gl.int32, layout=mma)
+        outlier_scale = gl.load(outlier_scale_ptr + n, mask=n < N, other=0.0)
+        for part in gl.static_range(OUTLIER_STEPS):
+            stage = (step + part) % STAGES
+            mbarrier.wait(full.index(stage), ((step + part) // STAGES) & 1)
+            weight = weight_ring.index(stage).slice(ROW, 64, dim=0)
+            weight = weight.load(gl.DotOperandLayout(0, mma, 4))
+            codes = codes_ring.index(stage).slice(0, weight.shape[1], dim=1).permute((1, 0))
+            sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+            sums = warpgroup_mma_wait(0, deps=[sums])
+            acc = _rescaled(acc, sums, outlier_scale, scale_ring.index(stage))
+    if HAS_BIAS:
+        acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
+    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # 16 bytes a thread
+    out = gl.convert_layout(acc.to(dtype), layout)
+    n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    live = (n < N)[:, None] & (m < M)[None, :]
+    at = m.to(gl.int64)[None, :] * N + n[:, None]
+    if HAS_RESIDUAL:
+        residual = gl.load(residual_ptr + at, mask=live, other=0.0)
+        out = (out.to(gl.float32) + residual.to(gl.float32)).to(dtype)
+    gl.store(out_ptr + at, out, mask=live)
+
+
+@gluon.jit
+def _multiply(
+    scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
+    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, M, N, num_groups,
+    WARPGROUP: gl.constexpr, OUTLIER_STEPS: gl.constexpr, TWO_LEVEL: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: its rows of every tile."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
+    BLOCK_N: gl.constexpr = 128 * BLOCKS
+    ROW: gl.constexpr = 64 * BLOCKS * WARPGROUP
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    step = 0
+    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        tile_m, tile_n = _tile_at(index, M, N, BLOCK_M, BLOCK_N, BAND)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N + ROW
+        if TWO_LEVEL:
+            upper, lower, step = _sum_rows(
+                codes_ring, weight_ring, group_scale_ring, full, empty, step,
+                num_groups, WARPGROUP, BLOCKS, BLOCK_M, STAGES,
+            )  # fmt: skip
+            n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+            m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, mma))
+            scale = gl.load(scale_ptr + m, mask=m < M, other=0.0)[None, :]
+            row_scale = gl.load(row_scale_ptr + n, mask=n < N, other=0.0)[:, None]
+            acc = upper.to(gl.float32) * (row_scale * scale)
+            if BLOCKS == 2:
+                row_scale = gl.load(row_scale_ptr + n + 64, mask=n + 64 < N, other=0.0)[:, None]
+                lower_acc = lower.to(gl.float32) * (row_scale * scale)
+        else:
+            acc, step = _sum_groups(
+                codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step, num_groups, WARPGROUP, BLOCK_M, STAGES,
+            )  # fmt: skip
+            acc *= 0.0625  # the codes were 16 times themselves
+        _finish(
+            acc, codes_ring, weight_ring, scale_ring, full, step, outlier_scale_ptr, bias_ptr,
+            residual_ptr, out_ptr, m0, n0, M, N, ROW, OUTLIER_STEPS, STAGES, HAS_BIAS, HAS_RESIDUAL,
+        )  # fmt: skip
+        if BLOCKS == 2:
+            _finish(
+                lower_acc, codes_ring, weight_ring, scale_ring, full, step, outlier_scale_ptr,
+                bias_ptr, residual_ptr, out_ptr, m0, n0 + 64, M, N, ROW + 64, OUTLIER_STEPS, STAGES,
+                HAS_BIAS, HAS_RESIDUAL,
+            )  # fmt: skip
+        for part in gl.static_range(OUTLIER_STEPS):
+            mbarrier.arrive(empty.index((step + part) % STAGES), count=1)
+        step += OUTLIER_STEPS
+
+
+@gluon.jit
+def linear_hopper_kernel(
+    codes_desc,
+    weight_desc,
+    outlier_desc,
+    scale_ptr,
+    group_scale_ptr,
+    row_scale_ptr,
+    outlier_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    M,
+    N,
+    num_groups,
+    outliers_at,
+    GROUP: gl.constexpr,
+    OUTLIER_STEPS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BAND: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    BLOCK_N: gl.constexpr = 128 * BLOCKS
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    codes_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, GROUP], codes_desc.layout)
+    weight_ring = gl.allocate_shared_memory(
+        gl.int8, [STAGES, BLOCK_N, GROUP // 2], weight_desc.layout
+    )
+    scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], flat)
+    group_scale_ring = gl.allocate_shared_memory(
+        group_scale_ptr.dtype.element_ty, [STAGES, BLOCK_N], flat
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=33)  # the TMA's bytes, and 32 threads' cp.async
+        mbarrier.init(empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
+                codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, M, N,
+                num_groups, gl.constexpr(0), OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCKS, BAND,
+                STAGES, HAS_BIAS, HAS_RESIDUAL,
+            )),
+            (_multiply, (
+                scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
+                codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, M, N,
+                num_groups, gl.constexpr(1), OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCKS, BAND,
+                STAGES, HAS_BIAS, HAS_RESIDUAL,
+            )),
+            (_load, (
+                codes_desc, weight_desc, outlier_desc, scale_ptr, group_scale_ptr, codes_ring,
+                weight_ring, scale_ring, group_scale_ring, full, empty, M, N, num_groups,
+                outliers_at, OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCK_N, BAND, STAGES,
+            )),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
+
+
+PATH = "hopper"  # what tables and tuned launches call this kernel
+
+
+class HopperTiling(NamedTuple):
+    """How one launch cuts the product: BLOCK_M tokens by 128 * `blocks` outputs."""
+
+    block_m: int
+    blocks: int
+
+
+_STAGES = {(64, 1): 8, (64, 2): 6, (128, 1): 6, (128, 2): 5}  # as many as shared memory holds
+# microseconds that a tile's step of one group takes, measured on an H100
+_STEP_US = {
+    False: {(64, 1): 0.41, (128, 1): 0.65},
+    True: {(64, 1): 0.35, (64, 2): 0.57, (128, 1): 0.49, (128, 2): 0.83},
+}
+_TILE_US = 2.0  # first loads and last stores
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def fits(device: torch.device, N: int, group_size: int, outliers: int) -> bool:
+    """Whether this kernel can compute a product of these sizes."""
+    aligned = N % 16 == 0 and group_size == 2 * _OUTLIER_STEP
+    return _is_hopper(device) and aligned and outliers <= 4 * _OUTLIER_STEP
+
+
+def tilings(two_level: bool) -> list[HopperTiling]:
+    return [HopperTiling(*tiling) for tiling in _STEP_US[two_level]]
+
+
+def best_tiling(
+    M: int, N: int, num_groups: int, outliers: int, two_level: bool, multiprocessors: int
+) -> tuple[HopperTiling, float]:
+    """The fastest one by a simple model, and the microseconds that it should take."""
+
+    def cost(tiling: HopperTiling) -> float:
+        tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, 128 * tiling.blocks)
+        steps = num_groups + triton.cdiv(outliers, _OUTLIER_STEP)
+        waves = triton.cdiv(tiles, multiprocessors)
+        return waves * (steps * _STEP_US[two_level][tiling] + _TILE_US)
+
+    best = min(tilings(two_level), key=cost)
+    return best, cost(best)
+
+
+def launch(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    group_scale: Tensor,
+    row_scale: Tensor | None,
+    outlier_weight: Tensor,
+    outlier_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    tiling: HopperTiling,
+) -> None:
+    """Fills `out` (*, N). With `row_scale` scales are in two levels, as in `two_level_linear`;
+    without it they are `linear`'s, and `group_scale` its weight_scale."""
+    num_groups, N, half_group = weight.shape
+    width, outliers = codes.shape[-1], outlier_weight.shape[1]
+    M = codes.numel() // width
+    block_m, blocks = tiling
+    weight_desc = _descriptor(weight.view(-1, half_group), 128 * blocks, half_group)
+    linear_hopper_kernel[(_programs(M, N, tiling, codes.device),)](
+        _descriptor(codes.view(M, width), block_m, 2 * half_group),
+        weight_desc,
+        _descriptor(outlier_weight, 128 * blocks, _OUTLIER_STEP) if outliers else weight_desc,
+        scale,
+        group_scale,
+        outlier_scale if row_scale is None else row_scale,
+        outlier_scale,
+        out if bias is None else bias,
+        out if residual is None else residual,
+        out,
+        M,
+        N,
+        num_groups,
+        width - outliers,
+        GROUP=2 * half_group,
+        OUTLIER_STEPS=triton.cdiv(outliers, _OUTLIER_STEP),
+        TWO_LEVEL=row_scale is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_M=block_m,
+        BLOCKS=blocks,
+        STAGES=_STAGES[tiling],
+        BAND=_TILES_PER_BAND,
+        REGISTERS=_ROLE_REGISTERS,
+        num_warps=4,
+    )
+
+
+def _programs(M: int, N: int, tiling: HopperTiling, device: torch.device) -> int:
+    tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, 128 * tiling.blocks)
+    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """For TMA to read blocks of (rows, columns) bytes, swizzled as wgmma and ldmatrix want them."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=columns, element_bitwidth=8, rank=2)
+    return TensorDescriptor.from_tensor(matrix.view(torch.int8), [rows, columns], layout)
