@@ -29,7 +29,9 @@ def run(*arguments: object) -> tuple[int, str]:
         ("explain", ["--scheme", "--recipe", "--tokens", "--kv-cache", "--stage", "--out"]),
         ("calibrate", ["--text", "--out", "--scheme", "--windows", "--length"]),
         ("bench", ["--model", "--tokens", "--scheme", "--level", "--device", "--out", "--quick"]),
-        ("bench", ["--batch", "--length"]),
+        ("bench", ["--batch", "--length", "--only", "--peers", "--no-peers"]),
+        ("bench", ["--layers", "--phases", "--variants", "--warm-cache"]),
+        ("tune", ["--model", "--tokens", "--scheme", "--out", "--quick", "--again"]),
     ],
 )
 def test_help_describes_every_option(command: str, options: list[str]) -> None:
@@ -41,7 +43,7 @@ def test_help_describes_every_option(command: str, options: list[str]) -> None:
 def test_help_lists_the_commands() -> None:
     status, output = run("--help")
     assert status == 0
-    assert all(command in output for command in ("explain", "calibrate", "bench"))
+    assert all(command in output for command in ("explain", "calibrate", "bench", "tune"))
 
 
 def test_a_missing_model_directory_is_one_line(tmp_path: Path) -> None:
@@ -71,6 +73,7 @@ def test_a_directory_that_transformers_cannot_load(tmp_path: Path) -> None:
         (["--tokens", "0"], "every number must be at least 1"),
         (["--level", "decode", "--length", "x"], "--length is 'x'; it must be whole numbers"),
         (["--model", "llama3-8"], "did you mean 'llama3-8b'"),
+        (["--only", "linear"], "unknown operator 'linear'; did you mean 'linears'"),
         (["--level", "everything"], "unknown level 'everything'"),
         (["--scheme", "w4"], "unknown scheme 'w4'"),
     ],

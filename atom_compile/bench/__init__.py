@@ -75,7 +75,7 @@ def run(
     Resets `torch.compile` in this process, so that nothing compiled before has a say.
     """
     if level not in LEVELS:
-        raise OptionError(unknown("level", level, LEVELS))
+        raise OptionError(unknown("level", level, (*LEVELS, "model", "overhead")))
     for name in only:
         if name not in GROUPS:
             raise OptionError(unknown("operator", name, GROUPS))
