@@ -25,7 +25,7 @@ from .bench.result import describe_environment, write_whole
 from .bench.shapes import Shape, find_device, find_shape
 from .bench.timing import copies_past_cache, measure
 from .errors import AtomError, OptionError
-from .kernels import linear, quantize, tuning
+from .kernels import linear, linear_hopper, quantize, tuning
 from .kernels.packing import pack_weight
 from .scheme import Scheme
 
@@ -45,9 +45,8 @@ class Size(NamedTuple):
     K: int
 
 
-Candidate = tuple[
-    str, linear.Tiling | linear.HopperTiling
-]  # a kernel's path, and how it is launched
+# a kernel's path, and how it is launched
+Candidate = tuple[str, linear.Tiling | linear_hopper.HopperTiling]
 
 
 @dataclass(frozen=True)

@@ -320,13 +320,10 @@ def choose_tiling(
     tuned = None if two_level else tuning.find(device, M, N, num_groups, group_size)
     if tuned and tuned.path == PATH and set(tuned.tiling) == set(Tiling._fields):
         return Tiling(**tuned.tiling)
-    if (
-        tuned
-        and tuned.path == linear_hopper.PATH
-        and set(tuned.tiling) == set(HopperTiling._fields)
-    ):
-        if linear_hopper.fits(device, N, group_size, outliers):
-            return HopperTiling(**tuned.tiling)
+    if tuned and tuned.path == linear_hopper.PATH:
+        known = [one for one in linear_hopper.tilings(two_level) if one._asdict() == tuned.tiling]
+        if known and linear_hopper.fits(device, N, group_size, outliers):
+            return known[0]
     return fastest_tiling(M, N, num_groups, group_size, outliers, device, two_level)
 
 
@@ -415,11 +412,14 @@ def multiply(
     tiling = tiling or choose_tiling(
         M, N, num_groups, 2 * half_group, outliers, codes.device, row_scale is not None
     )
-    launcher = _launch if isinstance(tiling, Tiling) else linear_hopper.launch
-    launcher(
+    arguments = (
         codes, scale, weight, group_scale, row_scale, outlier_weight, outlier_scale, bias, residual,
-        out, tiling,
+        out,
     )  # fmt: skip
+    if isinstance(tiling, Tiling):
+        _launch(*arguments, tiling)
+    else:
+        linear_hopper.launch(*arguments, tiling, _multiprocessors(codes.device))
     return out
 
 

@@ -342,7 +342,8 @@ def _multiply(
                 lower_acc = lower.to(gl.float32) * (row_scale * scale)
         else:
             acc, step = _sum_groups(
-                codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step, num_groups, WARPGROUP, BLOCK_M, STAGES,
+                codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
+                num_groups, WARPGROUP, BLOCK_M, STAGES,
             )  # fmt: skip
             acc *= 0.0625  # the codes were 16 times themselves
         _finish(
@@ -488,6 +489,7 @@ def launch(
     residual: Tensor | None,
     out: Tensor,
     tiling: HopperTiling,
+    multiprocessors: int,
 ) -> None:
     """Fills `out` (*, N). With `row_scale` scales are in two levels, as in `two_level_linear`;
     without it they are `linear`'s, and `group_scale` its weight_scale."""
@@ -495,8 +497,9 @@ def launch(
     width, outliers = codes.shape[-1], outlier_weight.shape[1]
     M = codes.numel() // width
     block_m, blocks = tiling
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, 128 * blocks)
     weight_desc = _descriptor(weight.view(-1, half_group), 128 * blocks, half_group)
-    linear_hopper_kernel[(_programs(M, N, tiling, codes.device),)](
+    linear_hopper_kernel[(min(tiles, multiprocessors),)](
         _descriptor(codes.view(M, width), block_m, 2 * half_group),
         weight_desc,
         _descriptor(outlier_weight, 128 * blocks, _OUTLIER_STEP) if outliers else weight_desc,
@@ -523,11 +526,6 @@ def launch(
         REGISTERS=_ROLE_REGISTERS,
         num_warps=4,
     )
-
-
-def _programs(M: int, N: int, tiling: HopperTiling, device: torch.device) -> int:
-    tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, 128 * tiling.blocks)
-    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:

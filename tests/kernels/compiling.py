@@ -14,6 +14,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from atom_compile.kernels import (
     attention,
@@ -23,6 +25,7 @@ from atom_compile.kernels import (
     gated_quantize,
     kv_cache,
     linear,
+    linear_hopper,
     norm_quantize,
     packing,
     quantize,
@@ -61,20 +64,28 @@ class Compiled:
         names = self._kernel.arg_names
         values = dict(zip(names, args, strict=False))
         signature = {name: self._type(values.get(name)) for name in names}
-        aligned = [name for name, value in values.items() if isinstance(value, Tensor)]
-        source = ASTSource(
+        aligned = [
+            name
+            for name, value in values.items()
+            if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
+        ]
+        kind = GluonASTSource if self._kernel.is_gluon() else ASTSource
+        source = kind(
             self._kernel,
             signature,
             {(names.index(name),): value for name, value in constants.items()},
             {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
         )
         compiled = triton.compile(source, target=self._target, options=options)
-        assert compiled.metadata.shared < 99 * 1024, "more shared memory than the smallest GPU has"
+        smallest = 227 if kind is GluonASTSource else 99  # KiB of shared memory
+        assert compiled.metadata.shared <= smallest * 1024, "more than the smallest GPU has"
 
     @staticmethod
     def _type(value: Any) -> str:
         if isinstance(value, Tensor):
             return TYPES[value.dtype]
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<i8{value.block_shape},{value.layout!r}>"
         if value is None:
             return "constexpr"
         return "i32" if isinstance(value, int) else "fp32"
@@ -100,6 +111,16 @@ def main(capability: int) -> None:
             codes, scale = quantize.reference(torch.randn(M, K), *numbers)
             residual = torch.zeros(M, N, dtype=torch.bfloat16)
             linear.launch(codes, scale, *packed, torch.zeros(N), residual, torch.bfloat16)
+        if capability == 90:
+            kernel = Compiled(linear_hopper.linear_hopper_kernel, capability)
+            patch.setattr(linear_hopper, "linear_hopper_kernel", kernel)
+            codes, scale = quantize.reference(torch.randn(300, K), *numbers)
+            extras = torch.zeros(N), torch.zeros(300, N, dtype=torch.bfloat16), torch.bfloat16
+            for tiling in linear_hopper.tilings(two_level=False):
+                linear.launch(codes, scale, *packed, *extras, tiling)
+            two_levels = packing.pack_two_level(torch.randn(N, K), layout)
+            for tiling in linear_hopper.tilings(two_level=True):
+                linear.multiply(codes, scale[:2], *two_levels, *extras, tiling)
         patch.setattr(kv_cache, "append_kernel", Compiled(kv_cache.append_kernel, capability))
         patch.setattr(kv_cache, "read_kernel", Compiled(kv_cache.read_kernel, capability))
         for module, name in (

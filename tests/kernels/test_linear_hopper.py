@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from atom_compile.kernels import linear, linear_hopper, quantize, two_level_linear
+from atom_compile.kernels.linear_hopper import HopperTiling, best_tiling, tilings
+from atom_compile.kernels.packing import GroupLayout, pack_two_level, pack_weight
+
+from .cases import poisoned_memory
+from .test_linear import assert_alike
+
+Product = Callable[..., Tensor]
+LAUNCH: Product = linear.launch
+MULTIPLY: Product = linear.multiply
+REFERENCE: Product = linear.reference
+TWO_LEVEL_REFERENCE: Product = two_level_linear.reference
+LAYOUTS = [
+    GroupLayout(1280, 128, 128),
+    GroupLayout(700, 128, 48),
+    GroupLayout(384, 128, 0),
+    GroupLayout(1000, 128, 256),
+]
+SIZES = [(1, 16), (100, 512), (257, 1008), (513, 336)]
+is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+on_hopper = pytest.mark.skipif(not is_hopper, reason="needs a GPU of compute capability 9.0")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tiling", tilings(two_level=False))
+def test_group_scales_agree_with_the_reference(layout: GroupLayout, tiling: HopperTiling) -> None:
+    for M, N in SIZES:
+        numbers = layout.group_size, layout.outlier_channels
+        codes, scale = quantize.reference(torch.randn(M, layout.width), 4, *numbers, 0.9)
+        packed = pack_weight(torch.randn(N, layout.width), layout, 4, 0.85)
+        extras = [None, None] if M % 2 else [torch.randn(N), torch.randn(M, N)]
+        arguments: list[Any] = [codes, scale, *packed, *extras]
+        moved: list[Any] = [None if one is None else one.cuda() for one in arguments]
+        with poisoned_memory():
+            got = LAUNCH(*moved, torch.float32, tiling)
+        assert_alike(got, REFERENCE(*arguments, torch.float32))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tiling", tilings(two_level=True))
+def test_two_levels_agree_with_the_reference(layout: GroupLayout, tiling: HopperTiling) -> None:
+    for M, N in SIZES:
+        group = 1 << (layout.grouped_width - 1).bit_length()
+        x = torch.randn(M, layout.width)
+        codes, scale = quantize.reference(x, 8, group, layout.outlier_channels, 1.0)
+        packed = pack_two_level(torch.randn(N, layout.width), layout)
+        extras = [None, None] if M % 2 else [torch.randn(N), torch.randn(M, N)]
+        arguments: list[Any] = [codes, scale, *packed, *extras]
+        moved: list[Any] = [None if one is None else one.cuda() for one in arguments]
+        with poisoned_memory():
+            got = MULTIPLY(*moved, torch.float32, tiling)
+        want = y(*arguments, torch.float32)
+        assert_alike(got, want)
+
+
+@pytest.mark.parametrize("two_level", [False, True])
+def test_the_best_tiling_fills_the_device(two_level: bool) -> None:
+    few, _ = best_tiling(64, 8192, 63, 128, two_level, 132)
+    many, _ = best_tiling(4096, 8192, 63, 128, two_level, 132)
+    assert few.block_m == 64
+    assert many.block_m == 128
+    assert {few, many} <= set(tilings(two_level))
+
+
+def test_other_devices_and_sizes_are_left_to_the_other_kernel() -> None:
+    assert not linear_hopper.fits(torch.device("cpu"), 4096, 128, 128)
