@@ -22,6 +22,7 @@ from .passes import pipeline
 from .passes.graphs import is_call, value
 from .passes.linears import is_weight
 from .passes.pipeline import Rewrite
+from .passes.ranges import name_ranges
 from .store import Dispatcher
 
 
@@ -41,6 +42,8 @@ def atom(
     )
     try:
         run = rewrite(gm, parsed)
+        if parsed.profile:
+            name_ranges(run.gm)
         inputs = bind_inputs(run)
     except AtomError:
         raise
