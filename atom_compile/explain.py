@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import networkx as nx
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
@@ -201,9 +200,7 @@ class Report:
         write_text(Path(path), html.report_page(self.to_dict()))
 
     def __str__(self) -> str:
-        console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-        console.print(self)
-        return console.export_text()
+        return tables.as_text(self)
 
     def __rich__(self) -> Group:
         return tables.report_tables(self.to_dict())

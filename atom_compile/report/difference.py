@@ -65,6 +65,9 @@ class Difference:
         """Writes one page that needs no network, whole or not at all."""
         write_text(Path(path), html.difference_page(self.names, self.rows()))
 
+    def __str__(self) -> str:
+        return tables.as_text(self)
+
     def __rich__(self) -> Group:
         sections = []
         for title, rows in self.rows().items():

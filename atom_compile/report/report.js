@@ -276,7 +276,8 @@ const COLUMNS = [
   ["operator", (row) => row.operator || "left as it was"], ["quantized by", (row) => row.quantized_by || "–"],
   ["bits", (row) => (row.operator ? `w${row.weight_bits}a${row.activation_bits}` : "–")], ["outliers", (row) => row.outlier_channels],
   ["bytes before", (row) => row.weight_bytes_before], ["bytes after", (row) => row.weight_bytes_after],
-  ["error", (row) => row.error], ["remarks", (row) => row.remarks.join("\n")],
+  ...(data.layers.some((row) => row.error !== null) ? [["error", (row) => row.error]] : []),
+  ["remarks", (row) => row.remarks.join("\n")],
 ];
 const rows = data.layers;
 const order = { column: null, descending: false };
@@ -301,7 +302,7 @@ function sortBy(column) {
 function layerCell(row, read, index) {
   const value = read(row);
   if (index === 0) return make("th", { scope: "row" }, linkToLinear(row.name));
-  const text = value === null ? "–" : typeof value === "number" && index !== 9 ? value.toLocaleString("en") : String(value);
+  const text = value === null ? "–" : Number.isInteger(value) ? value.toLocaleString("en") : String(value);
   return make("td", { class: typeof value === "number" ? "number" : undefined }, text);
 }
 
@@ -330,7 +331,7 @@ function showLayers() {
   const rewritten = rows.filter((row) => row.operator).length;
   const foot = make("tr", {}, make("th", { scope: "row", colspan: 7 }, `${rewritten} of ${rows.length} linears rewritten`),
     ...["weight_bytes_before", "weight_bytes_after"].map((field) => make("td", { class: "number" }, total(field).toLocaleString("en"))),
-    make("td", { colspan: 2 }));
+    make("td", { colspan: COLUMNS.length - 9 }));
   const table = make("table", { class: "rows", id: "layers" }, make("thead", {}, make("tr", {}, ...head)),
     make("tbody", {}, ...body), make("tfoot", {}, foot));
   at("view-layers").replaceChildren(byteBars(), table, ...attentionTable());

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, Group, RichCast
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -40,6 +40,14 @@ def summary(data: Data) -> str:
     if data["cache_bytes_per_token"]:
         lines.append(f"KV cache: {data['cache_bytes_per_token']:,.0f} bytes per token")
     return "\n".join(lines)
+
+
+def as_text(shown: RichCast, width: int = 80) -> str:
+    """What a console without colour prints."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(shown)
+    return capture.get()
 
 
 def simple_table(title: str, *columns: Column | str) -> Table:
