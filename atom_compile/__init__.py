@@ -2,7 +2,7 @@
 
 from .calibrate import calibrate
 from .errors import AtomError
-from .explain import Report, explain
+from .explain import Report, diff, explain
 from .kv_cache import KVCache
 from .recipe import Recipe
 from .scheme import KVScheme, Scheme
@@ -15,5 +15,6 @@ __all__ = [
     "Report",
     "Scheme",
     "calibrate",
+    "diff",
     "explain",
 ]

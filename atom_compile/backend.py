@@ -22,6 +22,8 @@ from .passes import pipeline
 from .passes.graphs import is_call, value
 from .passes.linears import is_weight
 from .passes.pipeline import Rewrite
+from .passes.ranges import name_ranges
+from .passes.record import log
 from .store import Dispatcher
 
 
@@ -41,6 +43,8 @@ def atom(
     )
     try:
         run = rewrite(gm, parsed)
+        if parsed.profile:
+            name_ranges(run.gm)
         inputs = bind_inputs(run)
     except AtomError:
         raise
@@ -84,6 +88,12 @@ def rewrite(gm: GraphModule, options: Options, keep_graphs: bool = False) -> Rew
         keep_graphs=keep_graphs,
     )
     left = [plan for plan in run.planned if plan.order is None]
+    log.info(
+        "%d of %d linears rewritten in %.0f ms",
+        len(run.planned) - len(left),
+        len(run.planned),
+        sum(stage.milliseconds for stage in run.record.stages),
+    )
     unwanted = [plan for plan in left if not plan.left_by_choice]
     if unwanted and len(left) == len(run.planned) and not options.allow_unchanged:
         reasons = "\n".join(f"  {plan.found.name}: {plan.reason}" for plan in unwanted[:8])

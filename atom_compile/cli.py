@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable, RichCast
+from rich.text import Text
 from torch import Tensor
 
 from . import bench as benchmark
@@ -20,6 +22,7 @@ from .bench.shapes import find_device
 from .calibrate import calibrate as calibrate_model
 from .errors import AtomError, OptionError
 from .evaluate import text_windows
+from .explain import diff as diff_reports
 from .explain import explain as explain_model
 from .kernels import tuning as kernel_tuning
 from .kv_cache import KVCache
@@ -62,7 +65,13 @@ SchemeName = Annotated[str, typer.Option(help="What the numbers are: w4a4, w4ax 
 @app.command()
 @_reports_errors
 def explain(
-    model_dir: ModelDir,
+    model_dir: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A directory with a causal language model that transformers can load.",
+            show_default=False,
+        ),
+    ] = None,
     scheme: Annotated[
         str | None, typer.Option(help="w4a4, w4ax or w4a8; by default the recipe's own, or w4a4.")
     ] = None,
@@ -79,11 +88,31 @@ def explain(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write the report (.json), or the stage's graph (.dot, .svg), to a file."
+            help="Write the report (.json, .html), or the stage's graph (.dot, .svg, .graphml)."
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page that shows every stage's graph and opens in any browser."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
+    ] = False,
+    difference: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--diff",
+            metavar="A.json B.json",
+            help="Instead of a model: show what differs between two saved reports.",
         ),
     ] = None,
 ) -> None:
     """Show how the backend rewrites a model: what becomes of each linear and attention."""
+    if (model_dir is None) == (difference is None):
+        raise OptionError("explain takes either a model's directory or --diff A.json B.json")
+    if difference is not None:
+        return _explain_difference(*difference, html, as_json)
+    assert model_dir is not None
     model = _load_model(model_dir)
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
@@ -93,15 +122,40 @@ def explain(
     if kv_cache is not None:
         cache = {"past_key_values": KVCache(model.config, 1, tokens, kv_cache, device=model.device)}
     report = explain_model(model, input_ids, options=options, **cache)
-    console = _console()
-    if stage is None:
-        console.print(report)
+    if as_json:
+        print(json.dumps(report.to_dict()))
     else:
-        console.print(report.code(stage), markup=False, highlight=False, soft_wrap=True)
+        _print(report if stage is None else Text(report.code(stage)))
+    for path in filter(None, (out, html)):
+        _make_parent(path)
     if out is not None:
-        _make_parent(out)
         report.save(out, **({"stage": stage} if stage else {}))
-        console.print(f"wrote {out}")
+        _say_written(out)
+    if html is not None:
+        report.save_html(html)
+        _say_written(html)
+
+
+def _explain_difference(a: Path, b: Path, html: Path | None, as_json: bool) -> None:
+    found = diff_reports(a, b)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        _print(found)
+    if html is not None:
+        _make_parent(html)
+        found.save_html(html)
+        _say_written(html)
+
+
+def _print(shown: ConsoleRenderable | RichCast) -> None:
+    """As wide as the terminal, 80 columns where there is none."""
+    Console(soft_wrap=isinstance(shown, Text)).print(shown)
+
+
+def _say_written(path: Path) -> None:
+    """On stderr: stdout may be JSON."""
+    Console(stderr=True).print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

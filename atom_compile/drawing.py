@@ -1,35 +1,59 @@
-"""A graph as Graphviz DOT, or as an SVG drawn by matplotlib, which needs no Graphviz."""
+"""A graph in standard formats: Graphviz DOT, GraphML, and SVG drawn by matplotlib."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import networkx as nx
 
-_COLOURS = {
-    "atom.linear": "#f4a261",
-    "atom.reorder": "#e76f51",
-    "atom.quantize": "#e9c46a",
-    "atom": "#2a9d8f",
+COLOURS = {
+    "reorder": "#e76f51",
+    "quantize": "#e9c46a",
+    "int4": "#f4a261",
+    "fused": "#2a9d8f",
+    "attention": "#8ab6e8",
+    "weight": "#f4f4f4",
 }
 
 
-def colour(operator: str) -> str:
-    """By kind: each plain operator has its own, the fused ones share one, anything else is grey."""
-    return _COLOURS.get(operator, _COLOURS["atom"] if operator.startswith("atom.") else "#dddddd")
+def add_records(graph: nx.DiGraph, records: Sequence[Mapping[str, Any]], prefix: str) -> None:
+    """Adds a report's nodes; their attributes are strings and numbers, as GraphML wants them."""
+    for record in records:
+        outputs = record["outputs"]
+        graph.add_node(
+            prefix + record["name"],
+            operator=record["operator"],
+            kind=record["kind"],
+            module=record["module"],
+            dtype=", ".join(one["dtype"] for one in outputs),
+            shape=", ".join(" x ".join(one["shape"]) for one in outputs),
+            bytes=record["bytes"] or 0,
+            operations=record["operations"] or 0,
+        )
+        for operand in record["inputs"]:
+            graph.add_edge(prefix + operand, prefix + record["name"])
 
 
-def label(name: str, attributes: dict[str, object]) -> str:
-    shape = attributes.get("shape")
-    suffix = f"\n{attributes['dtype']} {' x '.join(shape)}" if isinstance(shape, list) else ""
-    return f"{name}\n{attributes['operator']}{suffix}"
+def label(name: str, attributes: Mapping[str, Any]) -> str:
+    result = f"\n{attributes['dtype']} {attributes['shape']}" if attributes["dtype"] else ""
+    return f"{name}\n{attributes['operator']}{result}"
+
+
+def colour(attributes: Mapping[str, Any]) -> str:
+    return COLOURS.get(attributes["kind"], "#dddddd")
+
+
+def to_graphml(graph: nx.DiGraph) -> str:
+    return "\n".join(nx.generate_graphml(graph)) + "\n"
 
 
 def to_dot(graph: nx.DiGraph) -> str:
     lines = ["digraph atom {", "  node [shape=box, style=filled, fontname=monospace];"]
     for name, attributes in graph.nodes(data=True):
-        text, fill = json.dumps(label(name, attributes)), colour(attributes["operator"])
+        text, fill = json.dumps(label(name, attributes)), colour(attributes)
         lines.append(f'  {json.dumps(name)} [label={text}, fillcolor="{fill}"];')
     lines += [f"  {json.dumps(a)} -> {json.dumps(b)};" for a, b in graph.edges()]
     return "\n".join([*lines, "}"]) + "\n"
@@ -60,14 +84,9 @@ def to_svg(graph: nx.DiGraph) -> str:
             arrowprops={"arrowstyle": "->", "color": "#888888", "lw": 0.6},
         )
     for name, (x, y) in positions.items():
-        box = {
-            "boxstyle": "round",
-            "facecolor": colour(calls.nodes[name]["operator"]),
-            "edgecolor": "#555555",
-        }
-        axes.text(
-            x, y, label(name, calls.nodes[name]), ha="center", va="center", fontsize=6, bbox=box
-        )
+        attributes = calls.nodes[name]
+        box = {"boxstyle": "round", "facecolor": colour(attributes), "edgecolor": "#555555"}
+        axes.text(x, y, label(name, attributes), ha="center", va="center", fontsize=6, bbox=box)
     axes.set_xlim(-1.7 * widest, 1.7 * widest)
     axes.set_ylim(-1.1 * len(layers), 1.1)
     buffer = io.StringIO()

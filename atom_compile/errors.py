@@ -22,6 +22,10 @@ class RecipeError(AtomError):
     """A recipe that is damaged, of a newer format, or of another model."""
 
 
+class ReportError(AtomError):
+    """A file that is no report, is damaged, or of a newer format."""
+
+
 class CacheError(AtomError):
     """A KV cache that is full, or was made for another model."""
 

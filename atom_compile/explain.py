@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
-import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import torch
-from rich.console import Console, Group
-from rich.table import Column, Table
-from torch import Tensor, nn
+from rich.console import Group
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from . import drawing
 from .backend import refuse_training, rewrite
 from .capture import captured
 from .errors import AtomError, OptionError, unknown
+from .files import write_text
 from .options import Options
-from .passes.graphs import module_path, value
+from .passes.graphs import value
 from .passes.linears import is_weight
 from .passes.pipeline import Rewrite
-from .passes.record import Stage, operator_name
+from .passes.plan import PlannedLinear
+from .passes.record import operator_name
+from .report import html, schema, tables
+from .report.changes import changes
+from .report.difference import Difference
+from .report.nodes import give_reasons, node_records
 
 
 def explain(
@@ -55,11 +60,21 @@ def explain(
     return Report(runs)
 
 
+def diff(a: Report | str | Path, b: Report | str | Path) -> Difference:
+    """What differs between two reports, each given as it is or as the path of its JSON."""
+    (a_name, a_data), (b_name, b_data) = (
+        (label, one.to_dict()) if isinstance(one, Report) else (str(one), schema.load(one))
+        for label, one in (("A", a), ("B", b))
+    )
+    return Difference(a_data, b_data, (a_name, b_name))
+
+
 @dataclass(frozen=True)
 class Layer:
     """One linear. `operator` is None where it was left as it was; the remarks then say why.
 
-    error: noise over signal of its output, where calibration measured it.
+    Bits and outlier channels are None there too. The bytes are its weight's, scales included, and
+    `error` is the noise over signal of its output, where calibration measured it.
     """
 
     name: str
@@ -67,8 +82,13 @@ class Layer:
     in_features: int
     operator: str | None
     quantized_by: str | None
+    weight_bits: int | None
+    activation_bits: int | None
+    outlier_channels: int | None
+    weight_bytes_before: int
+    weight_bytes_after: int
+    error: float | None
     remarks: tuple[str, ...]
-    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +107,7 @@ class Attention:
 
 
 class Report:
-    """Printed, a table; `graph`, `save` and `to_dict` give the same as data."""
+    """Printed, tables; `to_dict`, `to_networkx` and `save` give the same as data."""
 
     def __init__(self, runs: Sequence[Rewrite]) -> None:
         self._runs = runs
@@ -111,75 +131,86 @@ class Report:
         """How often each operator is called in the final graph."""
         return sum((run.record.stages[-1].operators for run in self._runs), Counter())
 
-    def graph(self, stage: str = "verify") -> nx.DiGraph:
-        """The graph as `stage` left it; nodes carry `operator`, `shape`, `dtype` and `module`."""
+    def to_networkx(self, stage: str = "verify") -> nx.DiGraph:
+        """The graph as `stage` left it; attributes are strings and numbers.
+
+        Nodes carry `operator`, `kind`, `module`, `dtype`, `shape`, `bytes` and `operations`.
+        """
         combined = nx.DiGraph()
-        for number, run in enumerate(self._runs):
-            prefix = f"{number}." if len(self._runs) > 1 else ""
-            graph = self._stage(run, stage).graph
-            assert graph is not None
-            _add_graph(combined, graph, prefix)
+        position = self._position(stage)
+        for number, graph in enumerate(self._graphs):
+            prefix = f"{number}." if len(self._graphs) > 1 else ""
+            records = [graph["nodes"][one] for one in graph["stages"][position]["nodes"]]
+            drawing.add_records(combined, records, prefix)
         return combined
 
     def code(self, stage: str = "verify") -> str:
         """The graph as `stage` left it, as Python."""
-        graphs = (self._stage(run, stage).graph for run in self._runs)
+        position = self._position(stage)
+        graphs = (run.record.stages[position].graph for run in self._runs)
         return "\n".join(graph.python_code("self").src for graph in graphs if graph is not None)
 
-    def _stage(self, run: Rewrite, name: str) -> Stage:
-        for stage in run.record.stages:
-            if stage.name == name:
-                return stage
-        raise OptionError(unknown("stage", name, self.stages))
+    def _position(self, stage: str) -> int:
+        if stage not in self.stages:
+            raise OptionError(unknown("stage", stage, self.stages))
+        return self.stages.index(stage)
+
+    @functools.cached_property
+    def _graphs(self) -> list[dict[str, Any]]:
+        return [_graph_dict(run) for run in self._runs]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the graphs' code, ready for JSON."""
+        """Everything but the graphs' code, ready for JSON; `atom_compile.report` documents it."""
         return {
+            "format": schema.FORMAT,
+            "version": schema.VERSION,
+            "versions": {
+                "atom_compile": _version("atom-compile"),
+                "torch": str(torch.__version__),
+            },
+            "scheme": asdict(self._runs[0].scheme),
             "weight_bytes_before": self.weight_bytes_before,
             "weight_bytes_after": self.weight_bytes_after,
             "operators": dict(self.operators),
             "layers": [asdict(layer) for layer in self.layers],
             "attentions": [asdict(one) for one in self.attentions],
             "cache_bytes_per_token": self.cache_bytes_per_token,
-            "graphs": [[_stage_dict(stage) for stage in run.record.stages] for run in self._runs],
+            "graphs": self._graphs,
         }
 
     def save(self, path: str | Path, stage: str = "verify") -> None:
-        """Writes the report (.json) or a stage's graph (.dot, .svg), whole or not at all."""
+        """Writes a file, whole or not at all.
+
+        .json and .html hold the report; .dot, .svg and .graphml the graph as `stage` left it.
+        """
         path = Path(path)
         writers: dict[str, Callable[[], str]] = {
-            ".json": lambda: json.dumps(self.to_dict(), indent=1),
-            ".dot": lambda: drawing.to_dot(self.graph(stage)),
-            ".svg": lambda: drawing.to_svg(self.graph(stage)),
+            ".json": lambda: json.dumps(self.to_dict()),
+            ".html": lambda: html.report_page(self.to_dict()),
+            ".dot": lambda: drawing.to_dot(self.to_networkx(stage)),
+            ".svg": lambda: drawing.to_svg(self.to_networkx(stage)),
+            ".graphml": lambda: drawing.to_graphml(self.to_networkx(stage)),
         }
         if path.suffix not in writers:
             raise OptionError(unknown("file type", path.suffix, writers))
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(writers[path.suffix]())
-        os.replace(temporary, path)
+        write_text(path, writers[path.suffix]())
+
+    def save_html(self, path: str | Path) -> None:
+        """Writes one page that shows every stage's graph and the layers, and needs no network."""
+        write_text(Path(path), html.report_page(self.to_dict()))
 
     def __str__(self) -> str:
-        console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-        console.print(self)
-        return console.export_text()
+        return tables.as_text(self)
 
     def __rich__(self) -> Group:
-        before, after = self.weight_bytes_before, self.weight_bytes_after
-        counts = ", ".join(
-            f"{count} {name}" for name, count in sorted(self.operators.items()) if "atom." in name
-        )
-        rewritten = sum(layer.operator is not None for layer in self.layers)
-        summary = (
-            f"{rewritten} of {len(self.layers)} linears rewritten; "
-            f"weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB\n"
-            f"operators: {counts or 'none of ours'}"
-        )
-        tables = [_layer_table(self.layers)]
-        if self.attentions:
-            tables.append(_attention_table(self.attentions))
-        if self.cache_bytes_per_token:
-            summary += f"\nKV cache: {self.cache_bytes_per_token:,.0f} bytes per token"
-        return Group(*tables, _stage_table(self._runs), summary)
+        return tables.report_tables(self.to_dict())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path, never installed
+        return None
 
 
 def _layers(run: Rewrite) -> list[Layer]:
@@ -187,31 +218,42 @@ def _layers(run: Rewrite) -> list[Layer]:
     for node in run.gm.graph.nodes:
         if "atom_packed" in node.meta:
             products |= {part.weight.name: node for part in node.meta["atom_packed"].parts}
-    layers = []
-    for plan in run.planned:
-        found, product = plan.found, products.get(plan.found.name)
-        operator = quantized_by = None
-        if plan.order is not None and product is not None:
-            extras = [
-                name
-                for name, at in (("bias", -3), ("residual", -2))
-                if product.args[at] is not None
-            ]
-            operator = " + ".join([operator_name(product), *extras])
-            quantized_by = operator_name(product.args[0].args[0])  # type: ignore[union-attr,arg-type]
-        remarks = tuple(dict.fromkeys(run.record.remarks.get(found.name, ())))
-        layers.append(
-            Layer(
-                found.name,
-                found.out_features,
-                found.in_features,
-                operator,
-                quantized_by,
-                remarks,
-                plan.error,
-            )
-        )
-    return layers
+    return [_layer(run, plan, products.get(plan.found.name)) for plan in run.planned]
+
+
+def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
+    found = plan.found
+    rewritten = product is not None and plan.order is not None
+    operator = quantized_by = None
+    before = after = _bytes(found.weight)
+    if rewritten:
+        assert product is not None
+        extras = [
+            name for name, at in (("bias", -3), ("residual", -2)) if product.args[at] is not None
+        ]
+        operator = " + ".join([operator_name(product), *extras])
+        quantized_by = operator_name(product.args[0].args[0])  # type: ignore[union-attr,arg-type]
+        # each packed tensor has a row per output: a merged product's rows are its layers'
+        packed = product.meta["atom_packed"]
+        after = sum(map(_bytes, product.args[2:6])) * found.out_features // packed.out_features
+    return Layer(
+        found.name,
+        found.out_features,
+        found.in_features,
+        operator,
+        quantized_by,
+        weight_bits=run.scheme.weight_bits if rewritten else None,
+        activation_bits=run.scheme.activation_bits if rewritten else None,
+        outlier_channels=plan.layout.outlier_channels if rewritten else None,
+        weight_bytes_before=before,
+        weight_bytes_after=after,
+        error=plan.error,
+        remarks=_remarks(run, found.name),
+    )
+
+
+def _remarks(run: Rewrite, name: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(run.record.remarks.get(name, ())))
 
 
 def _attentions(run: Rewrite) -> list[Attention]:
@@ -220,7 +262,6 @@ def _attentions(run: Rewrite) -> list[Attention]:
         for node in run.gm.graph.nodes
         if "atom_attention" in node.meta
     }
-    remarks = {name: tuple(dict.fromkeys(said)) for name, said in run.record.remarks.items()}
     return [
         Attention(
             found.name,
@@ -228,114 +269,48 @@ def _attentions(run: Rewrite) -> list[Attention]:
             found.cache,
             found.cache_bytes_per_token,
             fused.get(found.name),
-            remarks.get(found.name, ()),
+            _remarks(run, found.name),
         )
         for found in run.attentions
-    ] + [Attention(name, None, None, None, None, remarks[name]) for name in run.unknown_attentions]
+    ] + [
+        Attention(name, None, None, None, None, _remarks(run, name))
+        for name in run.unknown_attentions
+    ]
 
 
 def _weight_bytes(graph: Graph) -> int:
-    weights = [
-        node for node in graph.find_nodes(op="placeholder") if is_weight(node) and node.users
-    ]
-    return sum(value(node).numel() * value(node).element_size() for node in weights)
+    placeholders = graph.find_nodes(op="placeholder")
+    return sum(_bytes(node) for node in placeholders if is_weight(node) and node.users)
 
 
-def _stage_dict(stage: Stage) -> dict[str, Any]:
-    assert stage.graph is not None
-    graph = nx.DiGraph()
-    _add_graph(graph, stage.graph, "")
-    return {
-        "stage": stage.name,
-        "why": stage.why,
-        "milliseconds": round(stage.milliseconds, 3),
-        "operators": dict(stage.operators),
-        "messages": stage.messages,
-        "nodes": [{"name": name, **attributes} for name, attributes in graph.nodes(data=True)],
-        "edges": list(graph.edges()),
-    }
+def _bytes(node: Any) -> int:
+    return int(value(node).numel() * value(node).element_size())
 
 
-def _add_graph(combined: nx.DiGraph, graph: Graph, prefix: str) -> None:
-    for node in graph.nodes:
-        fake = value(node)
-        attributes: dict[str, Any] = {"operator": operator_name(node), "module": module_path(node)}
-        if isinstance(fake, Tensor):
-            attributes |= {
-                "shape": [str(size) for size in fake.shape],
-                "dtype": str(fake.dtype).removeprefix("torch."),
+def _graph_dict(run: Rewrite) -> dict[str, Any]:
+    """A run's stages; a node that several of them have is kept once."""
+    remarks = dict(run.record.remarks)
+    remarks |= {found.node.name: list(_remarks(run, found.name)) for found in run.attentions}
+    linears = {plan.found.node.name: [plan.found.name] for plan in run.planned}
+    stages = []
+    for stage in run.record.stages:
+        assert stage.graph is not None
+        stages.append({one["name"]: one for one in node_records(stage.graph, remarks, linears)})
+    kept = stages[-1].keys()
+    for records in stages:
+        give_reasons([record for name, record in records.items() if name in kept])
+    nodes: dict[str, int] = {}
+    described = []
+    for stage, before, after in zip(run.record.stages, [stages[0], *stages], stages, strict=False):
+        described.append(
+            {
+                "stage": stage.name,
+                "why": stage.why,
+                "milliseconds": round(stage.milliseconds, 3),
+                "operators": dict(stage.operators),
+                "messages": stage.messages,
+                "nodes": [nodes.setdefault(json.dumps(one), len(nodes)) for one in after.values()],
+                **changes(before, after),
             }
-        combined.add_node(prefix + node.name, **attributes)
-        for operand in node.all_input_nodes:
-            combined.add_edge(prefix + operand.name, prefix + node.name)
-
-
-def _layer_table(layers: Sequence[Layer]) -> Table:
-    longest = max((len(layer.name) for layer in layers), default=0)
-    first = Column("linear", min_width=min(longest + 3, 44), overflow="fold")
-    columns = ("N x K", "quantized by", "operator", "error", "remarks")
-    table = Table(first, *columns, title="Linears")
-    grouped: dict[tuple[Any, ...], list[Layer]] = {}
-    for layer in layers:  # the same layer of every block shares a row
-        blind = re.sub(r"\d+", "*", layer.name)
-        remarks = tuple(re.sub(r"\.\d+\.", ".*.", remark) for remark in layer.remarks)
-        key = blind, layer.out_features, layer.in_features, layer.operator, remarks
-        grouped.setdefault(key, []).append(layer)
-    for (blind, N, K, operator, remarks), members in grouped.items():
-        name = f"{blind} ({len(members)})" if len(members) > 1 else members[0].name
-        quantized_by = members[0].quantized_by or "-"
-        errors = sorted({f"{one.error:.4f}" for one in members if one.error is not None})
-        table.add_row(
-            name,
-            f"{N} x {K}",
-            quantized_by,
-            operator or "left as it was",
-            " to ".join(dict.fromkeys([errors[0], errors[-1]])) if errors else "-",
-            "\n".join(remarks),
         )
-    return table
-
-
-def _attention_table(attentions: Sequence[Attention]) -> Table:
-    longest = max(len(one.name) for one in attentions)
-    first = Column("attention", min_width=min(longest + 3, 44), overflow="fold")
-    table = Table(
-        first, "heads", "cache", "bytes / token", "operator", "remarks", title="Attentions"
-    )
-    grouped: dict[tuple[Any, ...], list[Attention]] = {}
-    for one in attentions:
-        key = re.sub(r"\d+", "*", one.name), replace(one, name="")
-        grouped.setdefault(key, []).append(one)
-    for (blind, _), members in grouped.items():
-        one = members[0]
-        table.add_row(
-            f"{blind} ({len(members)})" if len(members) > 1 else one.name,
-            "{} on {} x {}".format(*one.heads) if one.heads else "-",
-            one.cache or "-",
-            "-" if one.cache_bytes_per_token is None else f"{one.cache_bytes_per_token:g}",
-            one.operator or "left to PyTorch",
-            "\n".join(one.remarks),
-        )
-    return table
-
-
-def _stage_table(runs: Sequence[Rewrite]) -> Table:
-    table = Table("stage", "why", "ms", "calls", "change of operators", title="Passes")
-    for run in runs:
-        before: Counter[str] = Counter()
-        for number, stage in enumerate(run.record.stages):
-            change = Counter(stage.operators)
-            change.subtract(before)
-            changes = [
-                f"{count:+d} {name}" for name, count in change.most_common() if count and number
-            ]
-            total = sum(stage.operators.values())
-            table.add_row(
-                stage.name,
-                stage.why,
-                f"{stage.milliseconds:.0f}",
-                str(total),
-                ", ".join(changes[:6]),
-            )
-            before = stage.operators
-    return table
+    return {"nodes": [json.loads(node) for node in nodes], "stages": described}

@@ -27,6 +27,9 @@ class Options:
     fuse: False leaves the plain operators: reorder, quantize and linear, one of each per layer, and
         a KV cache that is read back in 16 bits.
     allow_unchanged: compile a graph of which no linear can be quantized, instead of raising.
+    profile: our operators appear in torch.profiler's traces and NVTX under the name of their place
+        in the model: "model.layers.0.mlp.down_proj: atom.linear". A compiled graph that serves
+        several layers has the first one's names, and replays of CUDA graphs show none.
     strict: raise whatever goes wrong in a rewrite instead of compiling the graph as it was, with a
         warning.
     mode: as `torch.compile(mode=...)`, which cannot be given beside options.
@@ -40,6 +43,7 @@ class Options:
     skip: tuple[str, ...] = ()
     fuse: bool = True
     allow_unchanged: bool = False
+    profile: bool = False
     strict: bool = False
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -57,8 +61,8 @@ class Options:
         if given["recipe"] is not None:
             given["recipe"] = given["recipe"].for_scheme(given["scheme"])
         given["skip"] = _patterns(given.get("skip", ()))
-        for name in ("include_head", "include_embeddings", "fuse", "allow_unchanged", "strict"):
-            if not isinstance(given.get(name, False), bool):
+        for name, default in ((one.name, one.default) for one in fields(cls)):
+            if isinstance(default, bool) and not isinstance(given.get(name, default), bool):
                 raise OptionError(f"option {name} is {given[name]!r}; it must be True or False")
         if given.get("mode") is not None and given["mode"] not in compat.modes():
             raise OptionError(unknown("mode", str(given["mode"]), compat.modes()))

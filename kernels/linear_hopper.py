@@ -75,6 +75,7 @@ def _load(
     # cp.async moves at least 4 bytes
     rows_layout: gl.constexpr = gl.BlockedLayout([4 if TWO_LEVEL else 2], [32], [1], [0])
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    last_scale = 1 if TWO_LEVEL else num_groups
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         tile_m, tile_n = _tile_at(index, M, N, BLOCK_M, BLOCK_N, BAND)
@@ -96,12 +97,12 @@ def _load(
             )
             async_copy.async_copy_global_to_shared(
                 group_scale_ring.index(stage),
-                group_scale_ptr + group.to(gl.int64) * N + n,
+                group_scale_ptr + gl.cast(group, gl.int64) * N + n,
                 mask=n < N,
             )
             if not TWO_LEVEL:
                 async_copy.async_copy_global_to_shared(
-                    scale_ring.index(stage), scale_ptr + group.to(gl.int64) * M + m
+                    scale_ring.index(stage), scale_ptr + gl.cast(group, gl.int64) * M + m
                 )
             async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
@@ -117,9 +118,8 @@ def _load(
             tma.async_copy_global_to_shared(
                 codes_desc, [m0, outliers_at + channel], ready, codes_ring.index(stage)
             )
-            last_scale = 1 if TWO_LEVEL else num_groups
             async_copy.async_copy_global_to_shared(
-                scale_ring.index(stage), scale_ptr + gl.to_tensor(last_scale).to(gl.int64) * M + m
+                scale_ring.index(stage), scale_ptr + gl.cast(last_scale, gl.int64) * M + m
             )
             async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
@@ -470,7 +470,7 @@ def best_tiling(
     def cost(tiling: HopperTiling) -> float:
         tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, 128 * tiling.blocks)
         steps = num_groups + triton.cdiv(outliers, _OUTLIER_STEP)
-        waves = triton.cdiv(tiles, multiprocessors)
+        waves: int = triton.cdiv(tiles, multiprocessors)
         return waves * (steps * _STEP_US[two_level][tiling] + _TILE_US)
 
     best = min(tilings(two_level), key=cost)

@@ -25,7 +25,7 @@ def quantize_embeddings(
         if is_call(node, F.embedding, torch.embedding):
             reason = _reason_to_leave(node, group_size)
             if reason:
-                record.say([node.name], f"embedding left as it was: {reason}")
+                record.remark([node.name], f"embedding left as it was: {reason}")
             else:
                 _replace(node, group_size, bits, clip, record)
     return gm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -99,11 +100,14 @@ def _named_in_place(node: Node) -> bool:
     return name.endswith("_") or inplace_operator or name == "setitem"
 
 
+_FRAME_VARIABLE = re.compile(r"^L\['(self|model)'\]\.?")
+
+
 def module_path(node: Node) -> str:
     """Where in the model `node` was computed: "model.layers.0.self_attn"."""
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
-    return str(path).removeprefix("L['self'].").removeprefix("L['model'].")
+    return _FRAME_VARIABLE.sub("", str(path))
 
 
 def only_used_by(node: Node, allowed: Iterable[Node]) -> bool:

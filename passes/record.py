@@ -61,6 +61,8 @@ def _snapshot(graph: Graph) -> Graph:
     copy, copies = Graph(), dict[Node, Node]()
     for node in graph.nodes:
         copies[node] = copy.node_copy(node, copies.__getitem__)
+        if hasattr(node, "_dynamo_source"):  # by which a weight is told from other inputs
+            copies[node]._dynamo_source = node._dynamo_source
     return copy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -359,6 +360,39 @@ with torch.no_grad():
 hits = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
 print(got.norm().item(), ((got - wanted).norm() / wanted.norm()).item(), hits)
 """
+
+
+def test_profiled_operators_carry_their_places(compilations: list[Any]) -> None:
+    model, ids = tiny_llama(layers=1), token_batch()
+    with torch.no_grad():
+        plain: Any = torch.compile(model, backend="atom")
+        wanted = plain(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(model, backend="atom", options={"profile": True})
+        with torch.profiler.profile() as profile:
+            got = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    names = {event.name for event in profile.events()}
+    assert "model.layers.0.mlp.down_proj: atom.linear" in names
+
+
+LOGGING = """if True:
+    import torch, atom_compile
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256)).eval()
+    atom_compile.explain(model, torch.ones(2, 256), options={"include_head": True})
+    """
+
+
+@pytest.mark.parametrize(("setting", "told"), [("atom_compile", False), ("+atom_compile", True)])
+def test_torch_logs_shows_passes_and_their_times(setting: str, told: bool) -> None:
+    environment = {**os.environ, "TORCH_LOGS": setting}
+    done = subprocess.run(
+        [sys.executable, "-c", LOGGING],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert len(re.findall(r"1 of 1 linears rewritten in \d+ ms", done.stderr)) == 1
+    passes = re.findall(r"insert_quantization: \d+\.\d ms", done.stderr)
+    assert len(passes) == int(told)
 
 
 def test_functional_weights_are_left_alone() -> None:

@@ -27,6 +27,7 @@ def run(*arguments: object) -> tuple[int, str]:
     ("command", "options"),
     [
         ("explain", ["--scheme", "--recipe", "--tokens", "--kv-cache", "--stage", "--out"]),
+        ("explain", ["--html", "--json", "--diff"]),
         ("calibrate", ["--text", "--out", "--scheme", "--windows", "--length"]),
         ("bench", ["--model", "--tokens", "--scheme", "--level", "--device", "--out", "--quick"]),
         ("bench", ["--batch", "--length", "--only", "--peers", "--no-peers"]),
@@ -122,6 +123,43 @@ def test_explain_prints_the_report_and_writes_it(tmp_path: Path) -> None:
     assert "28 of 29 linears rewritten" in output
     report = json.loads(out.read_text())
     assert report["operators"]["atom.linear"] == 16
+
+
+def test_explain_prints_json_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "new" / "report.html"
+    result = CliRunner(env=WIDE).invoke(app, ["explain", str(MODEL), "--json", "--html", str(page)])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["operators"]["atom.linear"] == 16
+    assert "report.html" in result.stderr
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_explain_compares_two_reports(tmp_path: Path) -> None:
+    paths = []
+    for scheme in ("w4a4", "w4a8"):
+        paths.append(tmp_path / f"{scheme}.json")
+        run("explain", MODEL, "--scheme", scheme, "--tokens", 4, "--out", paths[-1])
+    page = tmp_path / "difference.html"
+    status, output = run("explain", "--diff", *paths, "--html", page)
+    assert status == 0, output
+    assert "activation_bits" in output and "w4a8.json" in output.replace("\n", "")
+    assert "activation_bits" in page.read_text()
+    status, output = run("explain", "--diff", *paths, "--json")
+    assert {"what": "activation_bits", "a": 4, "b": 8} in json.loads(output)["scheme"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "takes either a model's directory or --diff"),
+        ([MODEL, "--diff", "a.json", "b.json"], "takes either a model's directory or --diff"),
+        (["--diff", "a.json", "b.json"], "a.json is no file; give a report"),
+    ],
+)
+def test_explain_takes_a_model_or_two_reports(arguments: list[object], message: str) -> None:
+    status, output = run("explain", *arguments)
+    assert status == 2
+    assert message in output
 
 
 def test_explain_prints_a_stage_and_draws_it(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
+import networkx as nx
 import pytest
 import torch
 from torch import nn
@@ -31,6 +33,56 @@ def test_layers_and_counts_agree(report: Report) -> None:
     assert "output head" in head.remarks[0]
 
 
+def test_numbers_and_bytes_of_layers(report: Report) -> None:
+    down = next(layer for layer in report.layers if "1.mlp.down_proj" in layer.name)
+    assert (down.weight_bits, down.activation_bits, down.outlier_channels) == (4, 4, 48)
+    groups = 3  # of 128 channels, of the 304 that are no outliers
+    packed = groups * (128 // 2 + 2) + 48 + 4  # codes and scales of a row
+    assert (down.weight_bytes_before, down.weight_bytes_after) == (256 * 352 * 4, 256 * packed)
+    head = report.layers[-1]
+    assert (head.weight_bits, head.outlier_channels) == (None, None)
+    assert head.weight_bytes_after == head.weight_bytes_before
+    others = report.weight_bytes_after - sum(layer.weight_bytes_after for layer in report.layers)
+    assert 0 < others < report.weight_bytes_before
+
+
+def test_errors_that_the_recipe_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(layers=1)
+    recipe = atom_compile.calibrate(model, [token_batch()], progress=False)
+    name = "model.layers.0.mlp.down_proj.weight"
+    monkeypatch.setattr(recipe, "errors", {name: 0.25, "lm_head.weight": 0.5}, raising=False)
+    report = atom_compile.explain(model, token_batch(), options={"recipe": recipe})
+    assert {layer.name: layer.error for layer in report.layers if layer.error} == {name: 0.25}
+
+
+def test_every_format_tells_the_same_counts(report: Report) -> None:
+    data = report.to_dict()
+    (graph,) = data["graphs"]
+    for stage in graph["stages"]:
+        records = [graph["nodes"][position] for position in stage["nodes"]]
+        calls = [one for one in records if one["op"].startswith("call_")]
+        assert Counter(one["operator"] for one in calls) == stage["operators"]
+        drawn = report.to_networkx(stage["stage"])
+        assert set(drawn) == {one["name"] for one in records}
+        assert f" {len(calls)} " in str(report)
+    assert data["operators"] == graph["stages"][-1]["operators"]
+    assert sum(layer["operator"] is not None for layer in data["layers"]) == 14
+
+
+def test_stages_say_what_they_changed(report: Report) -> None:
+    (graph,) = report.to_dict()["graphs"]
+    before: set[str] = set()
+    for stage in graph["stages"]:
+        names = {graph["nodes"][position]["name"] for position in stage["nodes"]}
+        if before:
+            assert names == before - set(stage["removed"]) | set(stage["added"])
+            assert set(stage["changed"]) <= before & names
+        before = names
+    merged = {stage["stage"]: stage["merged"] for stage in graph["stages"] if stage["merged"]}
+    assert merged.keys() == {"share_inputs", "fuse_quantize", "fuse_residual"}
+    assert len(merged["share_inputs"]) == 4  # q/k/v and gate/up of two layers
+
+
 def test_bytes(report: Report) -> None:
     model = tiny_llama()
     wanted = sum(one.numel() * one.element_size() for one in model.parameters())
@@ -49,7 +101,7 @@ def test_printed(report: Report) -> None:
 def test_graph_of_every_stage(report: Report) -> None:
     counts = {}
     for stage in report.stages:
-        graph = report.graph(stage)
+        graph = report.to_networkx(stage)
         operators = [data["operator"] for _, data in graph.nodes(data=True)]
         counts[stage] = operators.count("atom.reorder")
         assert "output" in operators
@@ -60,18 +112,20 @@ def test_graph_of_every_stage(report: Report) -> None:
     assert counts["verify"] == 0
     assert "atom.linear" in report.code("verify")
     with pytest.raises(AtomError, match="did you mean 'verify'"):
-        report.graph("verfy")
+        report.to_networkx("verfy")
 
 
 def test_saved(report: Report, tmp_path: Path) -> None:
-    for suffix in ("json", "dot", "svg"):
+    for suffix in ("json", "dot", "svg", "graphml", "html"):
         report.save(tmp_path / f"report.{suffix}")
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["operators"] == dict(report.operators)
-    assert [stage["stage"] for stage in data["graphs"][0]] == report.stages
+    assert [stage["stage"] for stage in data["graphs"][0]["stages"]] == report.stages
     assert (tmp_path / "report.dot").read_text().startswith("digraph")
     assert "norm_quantize" in (tmp_path / "report.svg").read_text()
-    assert len(list(tmp_path.iterdir())) == 3
+    read = nx.read_graphml(tmp_path / "report.graphml")
+    assert read.nodes == report.to_networkx().nodes and read.edges == report.to_networkx().edges
+    assert len(list(tmp_path.iterdir())) == 5
     with pytest.raises(AtomError, match="unknown file type"):
         report.save(tmp_path / "report.png")
 

@@ -116,11 +116,10 @@ def main(capability: int) -> None:
             patch.setattr(linear_hopper, "linear_hopper_kernel", kernel)
             codes, scale = quantize.reference(torch.randn(300, K), *numbers)
             extras = torch.zeros(N), torch.zeros(300, N, dtype=torch.bfloat16), torch.bfloat16
-            for tiling in linear_hopper.tilings(two_level=False):
-                linear.launch(codes, scale, *packed, *extras, tiling)
+            linear.launch(codes, scale, *packed, *extras, linear_hopper.HopperTiling(128, 1))
             two_levels = packing.pack_two_level(torch.randn(N, K), layout)
-            for tiling in linear_hopper.tilings(two_level=True):
-                linear.multiply(codes, scale[:2], *two_levels, *extras, tiling)
+            tiling = linear_hopper.HopperTiling(128, 2)
+            linear.multiply(codes, scale[:2], *two_levels, *extras, tiling)
         patch.setattr(kv_cache, "append_kernel", Compiled(kv_cache.append_kernel, capability))
         patch.setattr(kv_cache, "read_kernel", Compiled(kv_cache.read_kernel, capability))
         for module, name in (

@@ -62,7 +62,7 @@ def test_two_levels_agree_with_the_reference(layout: GroupLayout, tiling: Hopper
         moved: list[Any] = [None if one is None else one.cuda() for one in arguments]
         with poisoned_memory():
             got = MULTIPLY(*moved, torch.float32, tiling)
-        want = y(*arguments, torch.float32)
+        want = TWO_LEVEL_REFERENCE(*arguments, torch.float32)
         assert_alike(got, want)
 
 
