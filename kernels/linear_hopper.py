@@ -469,7 +469,7 @@ def best_tiling(
 
     def cost(tiling: HopperTiling) -> float:
         tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, 128 * tiling.blocks)
-        steps = num_groups + triton.cdiv(outliers, _OUTLIER_STEP)
+        steps: int = num_groups + triton.cdiv(outliers, _OUTLIER_STEP)
         waves: int = triton.cdiv(tiles, multiprocessors)
         return waves * (steps * _STEP_US[two_level][tiling] + _TILE_US)
 
