@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -31,11 +33,11 @@ def test_kernel_computes_what_the_reference_does(
     residual = torch.randn(tokens, N, dtype=dtype) if extras else None
     want = two_level_linear.reference(codes, scale, *weight, bias, residual, dtype)
     device = kernel_device()
-    arguments = [
+    arguments: list[Any] = [
         None if one is None else one.to(device) for one in (codes, scale, *weight, bias, residual)
     ]
     with poisoned_memory():
-        got = two_level_linear.launch(*arguments, dtype)  # type: ignore[arg-type]
+        got = two_level_linear.launch(*arguments, dtype=dtype)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(got.cpu(), want, rtol=2 * eps, atol=4 * eps)
 
@@ -64,8 +66,8 @@ def test_a_poisoned_token_poisons_its_own_row() -> None:
     device = kernel_device()
     codes, scale = per_token(x, layout)
     weight = pack_two_level(torch.randn(8, 256), layout)
-    arguments = [one.to(device) for one in (codes, scale, *weight)]
-    out = two_level_linear.launch(*arguments, None, None, torch.float32)
+    arguments: list[Any] = [one.to(device) for one in (codes, scale, *weight)]
+    out = two_level_linear.launch(*arguments, bias=None, residual=None, dtype=torch.float32)
     assert out[1].isnan().all() and out[::2].isfinite().all()
 
 
