@@ -76,13 +76,14 @@ def round_weight(
 
 
 def fit_weight(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
-    """The weight (N, K) that makes of the quantized input what `weight` makes of the wanted one.
+    """The weight (N, K) that makes of the quantized input what `weight` makes of the input.
 
     minimize  || W X - V X' ||^2 + ridge || W - V ||^2  over V
 
-    hessian: X' X'^T, cross: X X'^T, both (K, K) over the same tokens, X' the quantized input and X
-    what it would be in an unquantized model. The ridge keeps few tokens from being overfitted.
-    Source: GPTAQ (arXiv 2504.02692), section 3, solved at once and not column by column.
+    hessian: X' X'^T, cross: X X'^T, both (K, K) over the same tokens, X the input and X' what it
+    is quantized to. The ridge keeps few tokens from being overfitted. X is what the quantized
+    layers before give: with that of the unquantized model, as in GPTAQ (arXiv 2504.02692), W4A4
+    measured worse than without this step (KL 0.066 and 0.062, against 0.059 as it is here).
     """
     ridge = _RIDGE * hessian.diagonal().double().mean().clamp(min=TINY)
     damped, cross = hessian.double(), cross.double()

@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import AtomError, RecipeError
 from .gptq import fit_weight, round_weight
 from .kernels.packing import PackedWeight, dequantize_weight
-from .passes.linears import FoundLinear
+from .passes.linears import FoundLinear, is_weight
 from .precision import ACTIVATION_CLIPS, fake_quantize, sample_rows
 from .recipe import (
     LayerChoice,
@@ -74,19 +74,16 @@ class Rounder:
 
     def _run_abreast(self, calls: Sequence[Call], step: Any) -> None:
         streams = [Stream(call, self._linear) for call in calls]
-        wanted = [Stream(call, _unquantized) for call in calls]
         for number in range(len(calls[0].groups)):
             groups = [stream.call.groups[number] for stream in streams]
-            for stream, reference, group in zip(streams, wanted, groups, strict=True):
+            for stream, group in zip(streams, groups, strict=True):
                 stream.advance(group[0].x)
-                reference.advance(group[0].x)
                 step()
             self._dense.clear()
             self._last_input = None
             xs = [stream.value(group[0].x) for stream, group in zip(streams, groups, strict=True)]
-            goals = [stream.value(group[0].x) for stream, group in zip(wanted, groups, strict=True)]
             weights = [_weight(streams[0], found) for found in groups[0]]
-            self._quantize([found.name for found in groups[0]], weights, xs, goals)
+            self._quantize([found.name for found in groups[0]], weights, xs)
 
     def _linear(self, found: FoundLinear, x: Tensor, weight: Tensor) -> Tensor | None:
         choice = self._layers[found.name]
@@ -116,12 +113,8 @@ class Rounder:
         names: Sequence[str],
         weights: Sequence[Tensor],
         xs: Sequence[Tensor],
-        goals: Sequence[Tensor],
     ) -> None:
-        """Rounds the linears of one activation.
-
-        xs: its value in each batch, (*, K); goals: what it is in the unquantized model.
-        """
+        """Rounds the linears of one activation. xs: its value in each batch, (*, K)."""
         known = self._folder.load(names) if self._folder is not None else None
         if known is not None:
             layers, rounded = known
@@ -137,7 +130,6 @@ class Rounder:
             [weight[:, order] for weight in weights],
             order,
             xs,
-            goals,
         )
         self._search_clip(work)
         error = self._round(work)
@@ -170,21 +162,22 @@ class Rounder:
         numbers = (self._scheme, layout, choice.activation_clip, choice.int8_groups)
         hessian = torch.zeros(width, width, device=work.xs[0].device)
         cross = torch.zeros_like(hessian)
-        for x, goal in zip(work.xs, work.goals, strict=True):  # copies of one batch at a time
-            rounded_x = fake_quantize(_in_order(x, work.order), *numbers)
+        for x in work.xs:
+            ordered_x = x.reshape(-1, width)[:, work.order].float()
+            rounded_x = fake_quantize(ordered_x, *numbers)
             hessian.addmm_(rounded_x.t(), rounded_x)
-            cross.addmm_(_in_order(goal, work.order).t(), rounded_x)
+            cross.addmm_(ordered_x.t(), rounded_x)
         if not bool(hessian.isfinite().all()):
             raise AtomError(f"the input of {work.names[0]} is not finite in the quantized model")
-        goal = _sample(work.goals, work.order)
-        rounded_x = fake_quantize(_sample(work.xs, work.order), *numbers)
+        sample = _sample(work.xs, work.order)
+        rounded_sample = fake_quantize(sample, *numbers)
         largest = 0.0
         for name, weight, in_order in zip(work.names, work.weights, work.ordered, strict=True):
             fitted = fit_weight(in_order, hessian, cross)
             packed, note = round_weight(fitted, hessian, layout, self._scheme.weight_bits)
             self._dense[name] = dequantize_weight(packed, layout)
-            wanted = F.linear(goal, in_order.float())
-            noise = F.linear(rounded_x, self._dense[name]) - wanted
+            wanted = F.linear(sample, in_order.float())
+            noise = F.linear(rounded_sample, self._dense[name]) - wanted
             error = float(noise.square().sum() / wanted.square().sum().clamp(min=1e-30))
             on_cpu = PackedWeight(*(one.cpu() for one in packed))
             self._rounded[name] = RoundedWeight(on_cpu, checksum(weight).cpu())
@@ -197,7 +190,8 @@ class Rounder:
         assert self._error_budget is not None
         layout = self._scheme.layout(work.order.numel())
         reason = f"error {error:.4f}, budget {self._error_budget:g}"
-        if self._layers[work.names[0]].int8_groups < layout.num_groups:
+        all_int8 = self._layers[work.names[0]].int8_groups == layout.num_groups
+        if self._scheme.activation_bits < 8 and not all_int8:
             self._choose(work.names, int8_groups=layout.num_groups, reason=reason)
             error = self._round(work)
         if error > self._error_budget:
@@ -219,21 +213,11 @@ class _Work(NamedTuple):
     ordered: Sequence[Tensor]
     order: Tensor
     xs: Sequence[Tensor]
-    goals: Sequence[Tensor]
-
-
-def _in_order(x: Tensor, order: Tensor) -> Tensor:
-    """(*, K) -> (T, K) float32."""
-    return x.reshape(-1, x.shape[-1])[:, order].float()
 
 
 def _sample(xs: Sequence[Tensor], order: Tensor) -> Tensor:
     most = -(-_SAMPLED_TOKENS // len(xs))
     return torch.cat([sample_rows(x, most) for x in xs])[:, order]
-
-
-def _unquantized(found: FoundLinear, x: Tensor, weight: Tensor) -> None:
-    return None
 
 
 def _weight(stream: Stream, found: FoundLinear) -> Tensor:
@@ -246,13 +230,16 @@ def _key(together: Sequence[Sequence[Call]], scheme: Scheme, error_budget: float
     digest = hashlib.sha256(repr((scheme, error_budget)).encode())
     for calls in together:
         digest.update(repr(calls[0].names).encode())
-        for call in calls:
-            for node, one in zip(
-                call.gm.graph.find_nodes(op="placeholder"), call.args, strict=True
-            ):
-                if isinstance(one, Tensor):
-                    digest.update(repr((node.name, one.dtype, one.shape)).encode())
-                    digest.update(one.detach().double().sum().cpu().numpy().tobytes())
+        for number, call in enumerate(calls):
+            placeholders = call.gm.graph.find_nodes(op="placeholder")
+            for node, one in zip(placeholders, call.args, strict=True):
+                if isinstance(one, Tensor) and not is_weight(node):
+                    digest.update(repr((one.dtype, one.shape)).encode())
+                    digest.update(
+                        one.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+                    )
+                elif isinstance(one, Tensor) and number == 0:  # every batch has the same weights
+                    digest.update(repr((one.shape, float(one.detach().double().norm()))).encode())
     return digest.hexdigest()
 
 
