@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import atom_compile
 from atom_compile import Scheme, compat
 from atom_compile.evaluate import text_windows
-from atom_compile.gptq import round_weight
+from atom_compile.gptq import fit_weight, round_weight
 from atom_compile.kernels.packing import dequantize_weight, pack_weight
 from atom_compile.precision import ACTIVATION_CLIPS, Noise, fake_quantize
 
@@ -43,6 +43,7 @@ SCHEMES = {
     "w4a8": Scheme.preset("w4a8"),
     "w3a3": Scheme(weight_bits=3, activation_bits=3),
 }
+_MEASURED = ("self_attn.q_proj", "self_attn.out_proj", "fc1")
 
 
 def main() -> None:
@@ -70,13 +71,14 @@ def main() -> None:
         "calibration": [arguments.calibration.name, arguments.windows, LENGTH],
         "outliers": arguments.outliers is not None,
     }
-    result |= measure_model(arguments)
+    measure_model(arguments, result)
     if arguments.statistics:
         result["layer_output_snr_db"] = measure_statistics(arguments.statistics)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure_model(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_model(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Adds to `result` and writes it after every run."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if arguments.outliers:
@@ -85,7 +87,7 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, Any]:
     calibration = windows(tokenizer, arguments.calibration, arguments.windows)
     wanted: list[Tensor] = []
     full = evaluate(model, validation, lambda number, logits: wanted.append(logits.half()))
-    runs = []
+    result |= {"float32": full, "runs": []}
     for name in arguments.schemes.split(","):
         for method in arguments.methods.split(","):
             started = time.perf_counter()
@@ -95,9 +97,9 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, Any]:
             seconds = time.perf_counter() - started
             run = {"scheme": name, "method": method, "calibration_seconds": round(seconds)}
             run |= measure_recipe(model, recipe, validation, wanted, full)
-            print(run, flush=True)
-            runs.append(run)
-    return {"float32": full, "runs": runs}
+            print({key: run[key] for key in ("scheme", "method", "ratio", "kl")}, flush=True)
+            result["runs"].append(run)
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure_recipe(
@@ -183,8 +185,8 @@ def measure_statistics(path: Path) -> dict[str, Any]:
 
 
 def pick(statistics: dict[str, Tensor]) -> Sequence[tuple[str, Tensor]]:
-    """The linears' inputs of a block in the middle."""
-    names = [name for name in sorted(statistics) if ".12." in name and statistics[name].dim() == 1]
+    """The inputs of a block in the middle: q, k and v share theirs, and the widest takes long."""
+    names = [f"model.decoder.layers.12.{name}" for name in _MEASURED]
     return [(name, statistics[name].float().clamp(min=1e-6)) for name in names]
 
 
@@ -203,7 +205,9 @@ def snr(scheme: Scheme, method: str, weight: Tensor, x: Tensor, tested: Tensor) 
                 ACTIVATION_CLIPS, key=lambda clip: error(scheme, weight, x[:1024], clip, count)
             )
         rounded_x = fake_quantize(x, scheme, layout, clip, count)
-        packed, _ = round_weight(weight, rounded_x.t() @ rounded_x, layout, scheme.weight_bits)
+        hessian = rounded_x.t() @ rounded_x
+        fitted = fit_weight(weight, hessian, x.t() @ rounded_x)
+        packed, _ = round_weight(fitted, hessian, layout, scheme.weight_bits)
     else:
         packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
     got = fake_quantize(tested, scheme, layout, clip, count) @ dequantize_weight(packed, layout).t()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atom_compile.gptq import round_weight
+from atom_compile.gptq import fit_weight, round_weight
 from atom_compile.kernels.packing import GroupLayout, dequantize_weight, pack_weight
 
 
@@ -82,6 +82,22 @@ def test_an_ill_conditioned_hessian_is_damped_more() -> None:
     packed, note = round_weight(torch.randn(8, 256), hessian, GroupLayout(256, 64, 32), 4)
     assert note is not None and "damped by" in note
     assert dequantize_weight(packed, GroupLayout(256, 64, 32)).isfinite().all()
+
+
+def test_a_fitted_weight_makes_up_for_its_input() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 256), correlated(4096, 256)
+    noisy = x + 4.0 * torch.randn_like(x)
+    fitted = fit_weight(weight, noisy.t() @ noisy, x.t() @ noisy)
+    wanted = x @ weight.t()
+    assert (noisy @ fitted.t() - wanted).norm() < 0.9 * (noisy @ weight.t() - wanted).norm()
+
+
+def test_an_exact_input_leaves_the_weight_as_it_is() -> None:
+    weight, x = torch.randn(24, 256), correlated(64, 256)
+    torch.testing.assert_close(fit_weight(weight, x.t() @ x, x.t() @ x), weight)
+    nothing = torch.zeros(256, 256)
+    torch.testing.assert_close(fit_weight(weight, nothing, nothing), weight)
 
 
 def test_the_same_twice() -> None:

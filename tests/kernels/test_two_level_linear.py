@@ -13,6 +13,8 @@ from atom_compile.kernels.packing import GroupLayout, dequantize_two_level, pack
 
 from .cases import dtypes, few_examples, kernel_device, layouts, poisoned_memory, seeds, tokens
 
+launch: Any = two_level_linear.launch
+
 
 def per_token(x: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
     """INT8 codes with one scale for all channels in groups and one for the outliers."""
@@ -33,11 +35,11 @@ def test_kernel_computes_what_the_reference_does(
     residual = torch.randn(tokens, N, dtype=dtype) if extras else None
     want = two_level_linear.reference(codes, scale, *weight, bias, residual, dtype)
     device = kernel_device()
-    arguments: list[Any] = [
+    arguments = [
         None if one is None else one.to(device) for one in (codes, scale, *weight, bias, residual)
     ]
     with poisoned_memory():
-        got = two_level_linear.launch(*arguments, dtype=dtype)
+        got = launch(*arguments, dtype)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(got.cpu(), want, rtol=2 * eps, atol=4 * eps)
 
@@ -66,8 +68,8 @@ def test_a_poisoned_token_poisons_its_own_row() -> None:
     device = kernel_device()
     codes, scale = per_token(x, layout)
     weight = pack_two_level(torch.randn(8, 256), layout)
-    arguments: list[Any] = [one.to(device) for one in (codes, scale, *weight)]
-    out = two_level_linear.launch(*arguments, bias=None, residual=None, dtype=torch.float32)
+    arguments = [one.to(device) for one in (codes, scale, *weight)]
+    out = launch(*arguments, None, None, torch.float32)
     assert out[1].isnan().all() and out[::2].isfinite().all()
 
 
