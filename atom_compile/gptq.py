@@ -24,6 +24,7 @@ WEIGHT_CLIPS = tuple(round(1.0 - 0.05 * step, 2) for step in range(11))
 """The shares of a group's largest weight that are tried as the end of its grid: 1.0 to 0.5."""
 
 _DAMPING = 0.01
+_RIDGE = 0.3
 _MOST_DAMPING = 1e3
 
 
@@ -72,6 +73,27 @@ def round_weight(
     groups, outliers = layout.split(codes_KN.t())
     outlier_scale = grid.scale if layout.outlier_channels else weight.new_zeros(weight.shape[0])
     return Rounded(pack_codes(groups, torch.stack(scales, 1), outliers, outlier_scale), note)
+
+
+def fit_weight(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+    """The weight (N, K) that makes of the quantized input what `weight` makes of the input.
+
+    minimize  || W X - V X' ||^2 + ridge || W - V ||^2  over V
+
+    hessian: X' X'^T, cross: X X'^T, both (K, K) over the same tokens, X the input and X' what it
+    is quantized to. The ridge keeps few tokens from being overfitted. X is what the quantized
+    layers before give: with that of the unquantized model, as in GPTAQ (arXiv 2504.02692), W4A4
+    measured worse than without this step (KL 0.066 and 0.062, against 0.059 as it is here).
+    """
+    ridge = _RIDGE * hessian.diagonal().double().mean().clamp(min=TINY)
+    damped, cross = hessian.double(), cross.double()
+    damped.diagonal().add_(ridge)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed.item():
+        return weight.float()
+    # V = W (cross + ridge) / (hessian + ridge): what changes is small, and float32 is enough for W
+    change = torch.cholesky_solve((cross - hessian).t().contiguous(), lower).t()
+    return weight.float() + weight.float() @ change.float()
 
 
 def _cuts(layout: GroupLayout) -> list[tuple[int, int]]:

@@ -32,7 +32,8 @@ class LayerChoice:
     activation_clip: the share of a group's largest magnitude that the INT4 grid spans.
     int8_groups: so many groups before the outliers have INT8 activations.
     keep: leave the linear in its own precision.
-    error: noise over signal of its output on the calibration batches, both powers.
+    error: noise over signal of its output on the calibration batches, both powers; without GPTQ
+        that of its activations alone.
     reason: why it has more than the scheme's precision, if it has.
     note: what was unusual, such as dead input channels.
     """

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import AtomError, RecipeError
-from .gptq import round_weight
+from .gptq import fit_weight, round_weight
 from .kernels.packing import PackedWeight, dequantize_weight
-from .passes.linears import FoundLinear
+from .passes.linears import FoundLinear, is_weight
 from .precision import ACTIVATION_CLIPS, fake_quantize, sample_rows
 from .recipe import (
     LayerChoice,
@@ -108,7 +108,12 @@ class Rounder:
         )
         return dequantize_weight(packed, layout)
 
-    def _quantize(self, names: Sequence[str], weights: Sequence[Tensor], xs: list[Tensor]) -> None:
+    def _quantize(
+        self,
+        names: Sequence[str],
+        weights: Sequence[Tensor],
+        xs: Sequence[Tensor],
+    ) -> None:
         """Rounds the linears of one activation. xs: its value in each batch, (*, K)."""
         known = self._folder.load(names) if self._folder is not None else None
         if known is not None:
@@ -119,89 +124,100 @@ class Rounder:
         if all(name in self._rounded for name in names):
             return  # the same weights, read again
         order = self._orders[names[0]]
-        xs = [x[..., order].reshape(-1, order.numel()) for x in xs]
-        ordered = [weight[:, order] for weight in weights]
-        most = -(-_SAMPLED_TOKENS // len(xs))
-        sample = torch.cat([sample_rows(x, most) for x in xs])
-        self._search_clip(names, ordered, sample)
-        errors = self._round(names, weights, ordered, xs, sample)
-        if self._error_budget is not None and max(errors) > self._error_budget:
-            self._lift(names, weights, ordered, xs, sample, max(errors))
+        work = _Work(
+            names,
+            weights,
+            [weight[:, order] for weight in weights],
+            order,
+            xs,
+        )
+        self._search_clip(work)
+        error = self._round(work)
+        if self._error_budget is not None and error > self._error_budget:
+            self._lift(work, error)
         if self._folder is not None:
             self._folder.save(names, self._layers, self._rounded)
 
-    def _search_clip(self, names: Sequence[str], ordered: Sequence[Tensor], x: Tensor) -> None:
-        """The clip with the least error of the outputs of x, x (T, K) and weights in order."""
-        choice = self._layers[names[0]]
+    def _search_clip(self, work: _Work) -> None:
+        """The activation's clip with the least error of its linears' outputs."""
+        choice = self._layers[work.names[0]]
+        x = _sample(work.xs, work.order)
         layout = self._scheme.layout(x.shape[1])
         if self._scheme.activation_bits >= 8:
             return
-        gram = sum(weight.float().t() @ weight.float() for weight in ordered)
+        gram = sum(weight.float().t() @ weight.float() for weight in work.ordered)
 
         def error(clip: float) -> float:
             wrong = fake_quantize(x, self._scheme, layout, clip, choice.int8_groups) - x
             return float(((wrong @ gram) * wrong).sum())
 
         clip = min(ACTIVATION_CLIPS, key=error)
-        self._choose(names, activation_clip=clip)
+        self._choose(work.names, activation_clip=clip)
 
-    def _round(
-        self,
-        names: Sequence[str],
-        weights: Sequence[Tensor],
-        ordered: Sequence[Tensor],
-        xs: Sequence[Tensor],
-        sample: Tensor,
-    ) -> list[float]:
-        """Rounds each weight to what the activation becomes; returns each output's error."""
-        choice = self._layers[names[0]]
-        layout = self._scheme.layout(sample.shape[1])
+    def _round(self, work: _Work) -> float:
+        """Rounds each weight to what the activation becomes; returns the largest output error."""
+        choice = self._layers[work.names[0]]
+        width = work.order.numel()
+        layout = self._scheme.layout(width)
         numbers = (self._scheme, layout, choice.activation_clip, choice.int8_groups)
-        hessian: Tensor = torch.zeros((), device=sample.device)
-        for x in xs:
-            rounded_x = fake_quantize(x, *numbers)
-            hessian = hessian + rounded_x.t() @ rounded_x
-        hessian = hessian / sum(len(x) for x in xs)
+        hessian = torch.zeros(width, width, device=work.xs[0].device)
+        cross = torch.zeros_like(hessian)
+        for x in work.xs:
+            ordered_x = x.reshape(-1, width)[:, work.order].float()
+            rounded_x = fake_quantize(ordered_x, *numbers)
+            hessian.addmm_(rounded_x.t(), rounded_x)
+            cross.addmm_(ordered_x.t(), rounded_x)
         if not bool(hessian.isfinite().all()):
-            raise AtomError(f"the input of {names[0]} is not finite in the quantized model")
+            raise AtomError(f"the input of {work.names[0]} is not finite in the quantized model")
+        sample = _sample(work.xs, work.order)
         rounded_sample = fake_quantize(sample, *numbers)
-        errors = []
-        for name, weight, in_order in zip(names, weights, ordered, strict=True):
-            packed, note = round_weight(in_order, hessian, layout, self._scheme.weight_bits)
+        largest = 0.0
+        for name, weight, in_order in zip(work.names, work.weights, work.ordered, strict=True):
+            fitted = fit_weight(in_order, hessian, cross)
+            packed, note = round_weight(fitted, hessian, layout, self._scheme.weight_bits)
             self._dense[name] = dequantize_weight(packed, layout)
             wanted = F.linear(sample, in_order.float())
             noise = F.linear(rounded_sample, self._dense[name]) - wanted
-            errors.append(float(noise.square().sum() / wanted.square().sum().clamp(min=1e-30)))
+            error = float(noise.square().sum() / wanted.square().sum().clamp(min=1e-30))
             on_cpu = PackedWeight(*(one.cpu() for one in packed))
             self._rounded[name] = RoundedWeight(on_cpu, checksum(weight).cpu())
-            self._choose([name], error=errors[-1], note=note)
-        return errors
+            self._choose([name], error=error, note=note)
+            largest = max(largest, error)
+        return largest
 
-    def _lift(
-        self,
-        names: Sequence[str],
-        weights: Sequence[Tensor],
-        ordered: Sequence[Tensor],
-        xs: Sequence[Tensor],
-        sample: Tensor,
-        error: float,
-    ) -> None:
+    def _lift(self, work: _Work, error: float) -> None:
         """The next precisions, until the error is within the budget: INT8 activations, 16 bits."""
         assert self._error_budget is not None
-        layout = self._scheme.layout(sample.shape[1])
+        layout = self._scheme.layout(work.order.numel())
         reason = f"error {error:.4f}, budget {self._error_budget:g}"
-        if self._layers[names[0]].int8_groups < layout.num_groups:
-            self._choose(names, int8_groups=layout.num_groups, reason=reason)
-            error = max(self._round(names, weights, ordered, xs, sample))
+        all_int8 = self._layers[work.names[0]].int8_groups == layout.num_groups
+        if self._scheme.activation_bits < 8 and not all_int8:
+            self._choose(work.names, int8_groups=layout.num_groups, reason=reason)
+            error = self._round(work)
         if error > self._error_budget:
             reason = f"error {error:.4f} with INT8 activations, budget {self._error_budget:g}"
-            self._choose(names, keep=True, error=0.0, reason=reason)
-            for name in names:
+            self._choose(work.names, keep=True, error=0.0, reason=reason)
+            for name in work.names:
                 del self._rounded[name], self._dense[name]
 
     def _choose(self, names: Sequence[str], **changes: Any) -> None:
         for name in names:
             self._layers[name] = dataclasses.replace(self._layers[name], **changes)
+
+
+class _Work(NamedTuple):
+    """The linears of one activation. `ordered`: the weights, their columns in `order`."""
+
+    names: Sequence[str]
+    weights: Sequence[Tensor]
+    ordered: Sequence[Tensor]
+    order: Tensor
+    xs: Sequence[Tensor]
+
+
+def _sample(xs: Sequence[Tensor], order: Tensor) -> Tensor:
+    most = -(-_SAMPLED_TOKENS // len(xs))
+    return torch.cat([sample_rows(x, most) for x in xs])[:, order]
 
 
 def _weight(stream: Stream, found: FoundLinear) -> Tensor:
@@ -214,13 +230,16 @@ def _key(together: Sequence[Sequence[Call]], scheme: Scheme, error_budget: float
     digest = hashlib.sha256(repr((scheme, error_budget)).encode())
     for calls in together:
         digest.update(repr(calls[0].names).encode())
-        for call in calls:
-            for node, one in zip(
-                call.gm.graph.find_nodes(op="placeholder"), call.args, strict=True
-            ):
-                if isinstance(one, Tensor):
-                    digest.update(repr((node.name, one.dtype, one.shape)).encode())
-                    digest.update(one.detach().double().sum().cpu().numpy().tobytes())
+        for number, call in enumerate(calls):
+            placeholders = call.gm.graph.find_nodes(op="placeholder")
+            for node, one in zip(placeholders, call.args, strict=True):
+                if isinstance(one, Tensor) and not is_weight(node):
+                    digest.update(repr((one.dtype, one.shape)).encode())
+                    digest.update(
+                        one.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+                    )
+                elif isinstance(one, Tensor) and number == 0:  # every batch has the same weights
+                    digest.update(repr((one.shape, float(one.detach().double().norm()))).encode())
     return digest.hexdigest()
 
 

@@ -52,7 +52,7 @@ def main() -> None:
         ids = text_windows(tokenizer, path.read_text(), count, LENGTH)
         return list(ids.to(device).split(BATCH))
 
-    recipe = atom_compile.calibrate(model, windows(arguments.calibration, 24))
+    recipe = atom_compile.calibrate(model, windows(arguments.calibration, 24), gptq=False)
     batches = windows(arguments.validation, arguments.windows)
     rows: dict[str, dict[str, float]] = {}
     for name, scheme in SCHEMES.items():

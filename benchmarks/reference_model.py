@@ -62,7 +62,7 @@ def measure(arguments: argparse.Namespace, injected: bool, devices: list[str]) -
     if injected:
         load_function(arguments.outliers, "inject_outliers")(model, 60.0)
     validation = windows(tokenizer, arguments.validation)
-    recipe = atom_compile.calibrate(model, windows(tokenizer, arguments.calibration))
+    recipe = atom_compile.calibrate(model, windows(tokenizer, arguments.calibration), gptq=False)
     result: dict[str, Any] = {"model": arguments.model.name, "outliers": injected}
     logits: dict[str, dict[str, Tensor]] = {}
     for device in devices:

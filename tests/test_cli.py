@@ -28,7 +28,8 @@ def run(*arguments: object) -> tuple[int, str]:
     [
         ("explain", ["--scheme", "--recipe", "--tokens", "--kv-cache", "--stage", "--out"]),
         ("explain", ["--html", "--json", "--diff"]),
-        ("calibrate", ["--text", "--out", "--scheme", "--windows", "--length"]),
+        ("calibrate", ["--text", "--out", "--scheme", "--windows", "--length", "--no-gptq"]),
+        ("calibrate", ["--int8-budget", "--error-budget", "--include-head", "--resume"]),
         ("bench", ["--model", "--tokens", "--scheme", "--level", "--device", "--out", "--quick"]),
         ("bench", ["--batch", "--length", "--only", "--peers", "--no-peers"]),
         ("bench", ["--layers", "--phases", "--variants", "--warm-cache"]),
@@ -191,13 +192,25 @@ def test_calibrate_writes_a_recipe_that_explain_reads(tmp_path: Path) -> None:
     text.write_text("The sea was calm, and the ship lay still.\n" * 40)
     status, output = run(
         "calibrate", MODEL, "--text", text, "--out", out,
-        "--windows", 3, "--length", 64, "--scheme", "w4a8",
+        "--windows", 3, "--length", 64, "--scheme", "w4a8", "--error-budget", 0.5,
+        "--resume", tmp_path / "partial",
     )  # fmt: skip
     assert status == 0, output
-    assert "29 linears, 3 windows" in output
+    assert "29 linears, 3 windows, 28 rounded, 0 with more than the scheme's bits" in output
     assert Recipe.load(out).scheme.activation_bits == 8
+    assert not (tmp_path / "partial").exists()
     status, output = run("explain", MODEL, "--tokens", 4, "--recipe", out)
     assert status == 0, output
+
+
+def test_calibrate_without_gptq(tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "recipe.safetensors"
+    text.write_text("The sea was calm, and the ship lay still.\n" * 40)
+    arguments = ("--windows", 1, "--length", 64, "--no-gptq", "--out", out)
+    status, output = run("calibrate", MODEL, "--text", text, *arguments)
+    assert status == 0, output
+    assert "29 linears, 1 windows\n" in output
+    assert not Recipe.load(out).rounded
 
 
 def test_calibrate_refuses_a_short_or_missing_text(tmp_path: Path) -> None:

@@ -146,7 +146,17 @@ def test_allocated_bytes_of_a_cache() -> None:
 @torch.no_grad()
 def test_calibration_on_the_gpu() -> None:
     model = tiny_llama()
-    wanted = atom_compile.calibrate(model, [token_batch()], progress=False)
-    got = atom_compile.calibrate(model.cuda(), [token_batch().cuda()], progress=False)
+    wanted = atom_compile.calibrate(model, [token_batch()], progress=False, gptq=False)
+    got = atom_compile.calibrate(model.cuda(), [token_batch().cuda()], progress=False, gptq=False)
     for name, diagonal in wanted.hessian_diagonal.items():
         assert relative_error(got.hessian_diagonal[name], diagonal) < 1e-3
+
+
+def test_gptq_on_the_gpu() -> None:
+    batches = [token_batch(4, 64)]
+    wanted = atom_compile.calibrate(tiny_llama(), batches, progress=False)
+    on_gpu = [batch.cuda() for batch in batches]
+    got = atom_compile.calibrate(tiny_llama().cuda(), on_gpu, progress=False)
+    assert got.rounded.keys() == wanted.rounded.keys()
+    for name, choice in wanted.layers.items():
+        assert got.layers[name].error == pytest.approx(choice.error, rel=0.1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from .models import HandWritten, tiny_llama
 
 
 def recipe_of(model: nn.Module) -> Recipe:
-    return atom_compile.calibrate(model, [token_batch()], progress=False)
+    """Statistics alone."""
+    return atom_compile.calibrate(model, [token_batch()], progress=False, gptq=False)
 
 
 def test_calibration_is_the_mean_square_of_every_input_channel() -> None:
@@ -31,7 +33,7 @@ def test_calibration_is_the_mean_square_of_every_input_channel() -> None:
             model(batch)
     handle.remove()
     rows = torch.cat([one.flatten(0, 1) for one in seen]).double()
-    recipe = atom_compile.calibrate(model, batches, scheme="w4a8", progress=False)
+    recipe = atom_compile.calibrate(model, batches, scheme="w4a8", progress=False, gptq=False)
     got = recipe.hessian_diagonal["model.layers.1.mlp.down_proj.weight"]
     torch.testing.assert_close(got.double(), rows.square().mean(0))
     assert recipe.scheme == Scheme.preset("w4a8")
@@ -42,7 +44,7 @@ def test_batches_of_every_kind() -> None:
     model, ids = tiny_llama(layers=1), token_batch()
     wanted = recipe_of(model).hessian_diagonal
     for batches in ([ids], ({"input_ids": one} for one in [ids]), iter([ids])):
-        got = atom_compile.calibrate(model, batches, progress=False).hessian_diagonal
+        got = atom_compile.calibrate(model, batches, progress=False, gptq=False).hessian_diagonal
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
@@ -89,7 +91,7 @@ def test_load_refuses_what_is_not_a_recipe(tmp_path: Path) -> None:
     save_file({"x": torch.ones(2)}, path)
     with pytest.raises(RecipeError, match="not a recipe"):
         Recipe.load(path)
-    newer = {"format": "atom_compile recipe", "version": "2", "recipe": "{}"}
+    newer = {"format": "atom_compile recipe", "version": "3", "recipe": "{}"}
     save_file({"x": torch.ones(2)}, path, metadata=newer)
     with pytest.raises(RecipeError, match="Upgrade"):
         Recipe.load(path)
@@ -131,9 +133,10 @@ def test_order_follows_the_parameter_once_bound() -> None:
         ({"group_size": 100}, "group_size is 100"),
         ({"outlier_channels": 100}, "multiple of 16"),
         ({"activation_clip": 0.0}, "activation_clip is 0.0"),
+        ({"int8_share": 1.5}, "int8_share is 1.5"),
     ],
 )
-def test_scheme_refuses(numbers: dict[str, int], message: str) -> None:
+def test_scheme_refuses(numbers: dict[str, Any], message: str) -> None:
     with pytest.raises(AtomError, match=message):
         Scheme(**numbers)
 

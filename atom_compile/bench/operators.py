@@ -49,11 +49,11 @@ def operator_cases(setting: Setting) -> Iterator[Case]:
                 yield from cases(setting, M)
 
 
-def _quantize_numbers(setting: Setting, width: int) -> tuple[int, int, int, float]:
+def _quantize_numbers(setting: Setting, width: int) -> tuple[int, int, int, float, int]:
     """The last arguments of every quantize operator."""
     scheme, layout = setting.scheme, setting.scheme.layout(width)
     bits, clip = scheme.activation_bits, scheme.activation_clip
-    return bits, layout.group_size, layout.outlier_channels, clip
+    return bits, layout.group_size, layout.outlier_channels, clip, scheme.int8_groups(layout)
 
 
 def _linear_cases(setting: Setting, op: str, N: int, K: int) -> Iterator[Case]:

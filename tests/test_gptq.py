@@ -1,0 +1,108 @@
+"""GPTQ on layers small enough to know the answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from atom_compile.gptq import fit_weight, round_weight
+from atom_compile.kernels.packing import GroupLayout, dequantize_weight, pack_weight
+
+
+def correlated(tokens: int, width: int) -> Tensor:
+    """Activations whose channels tell about each other, as those of models do."""
+    hidden = torch.randn(tokens, width // 4) @ torch.randn(width // 4, width)
+    return hidden + 0.3 * torch.randn(tokens, width)
+
+
+def output_error(weight: Tensor, rounded: Tensor, x: Tensor) -> float:
+    return float(((rounded - weight) @ x.t()).norm() / (weight @ x.t()).norm())
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    st.sampled_from(
+        [GroupLayout(256, 64, 32), GroupLayout(344, 128, 48), GroupLayout(256, 128, 0)]
+    ),
+    st.sampled_from([3, 4]),
+    st.integers(0, 2**32 - 1),
+)
+def test_output_error_is_smaller_than_of_rounding_to_nearest(
+    layout: GroupLayout, bits: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, x = torch.randn(24, layout.width), correlated(1024, layout.width)
+    packed, note = round_weight(weight, x.t() @ x / len(x), layout, bits)
+    nearest = dequantize_weight(pack_weight(weight, layout, bits, 0.9), layout)
+    error = output_error(weight, dequantize_weight(packed, layout), x)
+    assert error < 0.8 * output_error(weight, nearest, x)
+    assert note is None
+
+
+def test_codes_belong_to_the_scales_that_are_stored() -> None:
+    layout = GroupLayout(256, 64, 32)
+    weight = torch.randn(8, 256)
+    packed, _ = round_weight(weight, torch.eye(256), layout, 4, clips=(1.0,))
+    # uncorrelated channels leave nothing to make up for: this is rounding to nearest
+    for got, want in zip(packed, pack_weight(weight, layout, 4, 1.0), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_clip_is_chosen_for_the_channels_that_matter() -> None:
+    layout = GroupLayout(64, 64, 0)
+    weight = torch.full((1, 64), 0.1)
+    weight[0, 0] = 1.0
+    few = torch.full((64,), 1.0)
+    few[0] = 1e-6  # nothing ever comes through the one large weight
+    packed, _ = round_weight(weight, few.diag(), layout, 4, clips=(1.0, 0.7))
+    torch.testing.assert_close(
+        dequantize_weight(packed, layout)[0, 1:], weight[0, 1:], rtol=1e-2, atol=0
+    )
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 20])
+def test_singular_hessians_are_damped_and_reported(tokens: int) -> None:
+    layout = GroupLayout(256, 64, 32)
+    weight, x = torch.randn(8, 256), torch.randn(tokens, 256)
+    x[:, ::2] = 0.0
+    packed, note = round_weight(weight, x.t() @ x, layout, 4)
+    rounded = dequantize_weight(packed, layout)
+    assert rounded.isfinite().all()
+    assert note is not None and "dead input channels" in note
+    assert (rounded - weight)[:, ::2].norm() < 0.2 * weight[:, ::2].norm()
+
+
+def test_an_ill_conditioned_hessian_is_damped_more() -> None:
+    x = torch.ones(4, 256)
+    hessian = x.t() @ x - 20 * torch.eye(256)  # not even positive
+    hessian.diagonal().fill_(1.0)
+    packed, note = round_weight(torch.randn(8, 256), hessian, GroupLayout(256, 64, 32), 4)
+    assert note is not None and "damped by" in note
+    assert dequantize_weight(packed, GroupLayout(256, 64, 32)).isfinite().all()
+
+
+def test_a_fitted_weight_makes_up_for_its_input() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 256), correlated(4096, 256)
+    noisy = x + 4.0 * torch.randn_like(x)
+    fitted = fit_weight(weight, noisy.t() @ noisy, x.t() @ noisy)
+    wanted = x @ weight.t()
+    assert (noisy @ fitted.t() - wanted).norm() < 0.9 * (noisy @ weight.t() - wanted).norm()
+
+
+def test_an_exact_input_leaves_the_weight_as_it_is() -> None:
+    weight, x = torch.randn(24, 256), correlated(64, 256)
+    torch.testing.assert_close(fit_weight(weight, x.t() @ x, x.t() @ x), weight)
+    nothing = torch.zeros(256, 256)
+    torch.testing.assert_close(fit_weight(weight, nothing, nothing), weight)
+
+
+def test_the_same_twice() -> None:
+    weight, x = torch.randn(8, 256), correlated(300, 256)
+    first, second = (
+        round_weight(weight, x.t() @ x, GroupLayout(256, 64, 32), 4).packed for _ in range(2)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
