@@ -83,7 +83,7 @@ def rewrite(gm: GraphModule, options: Options, keep_graphs: bool = False) -> Rew
         fuse=options.fuse,
         keep_graphs=keep_graphs,
     )
-    left = [plan for plan in run.planned if plan.order is None]
+    left = [plan for plan in run.planned if plan.transform is None]
     unwanted = [plan for plan in left if not plan.left_by_choice]
     if unwanted and len(left) == len(run.planned) and not options.allow_unchanged:
         reasons = "\n".join(f"  {plan.found.name}: {plan.reason}" for plan in unwanted[:8])

@@ -187,7 +187,7 @@ def _layers(run: Rewrite) -> list[Layer]:
     for plan in run.planned:
         found, product = plan.found, products.get(plan.found.name)
         operator = quantized_by = None
-        if plan.order is not None and product is not None:
+        if plan.transform is not None and product is not None:
             extras = [
                 name
                 for name, at in (("bias", -3), ("residual", -2))

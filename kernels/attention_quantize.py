@@ -1,7 +1,7 @@
 """`atom::attention_quantize`: attention, then reorder and quantize for the linear that reads it.
 
     attended = attention(query, cache, ...)             (B, Q, num_heads * D), rounded to its dtype
-    codes, scale = quantize(reorder(attended, order))
+    codes, scale = quantize(reorder(attended, order))   or quantize(rotate(reorder(...)))
 
 Where several programs share a sequence, the one that adds up their sums quantizes the token too.
 Formulas and layouts: attention.py, quantize.py.
@@ -26,6 +26,7 @@ from .library import define
 from .packing import OUTLIER_BITS, GroupLayout
 from .quantize import NUMBERS
 from .quantize_rows import _quantize
+from .rotate import rotated
 
 
 def reference(
@@ -49,22 +50,27 @@ def reference(
     group_size: int,
     outlier_channels: int,
     clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in attention.py -> codes (B, Q, padded_width) int8, scale (num_scales, B, Q)."""
     cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
     attended = attention.reference(
         query, *cache, position, mask, kv_bits, window, attention_scale, softcap
     )
-    numbers = (bits, group_size, outlier_channels, clip)
+    numbers = (bits, group_size, outlier_channels, clip, rotation)
     x = attended.transpose(1, 2).flatten(2)
     if order is None:
         return quantize.reference(x, *numbers)
     return quantize.reorder_reference(x, order, *numbers)
 
 
-def fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+_ATTENDING = len(Arguments._fields)  # so many arguments are of attention.py
+
+
+def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query, numbers = arguments[0], arguments[_ATTENDING + 1 :]
     B, num_heads, Q, D = query.shape
-    return quantize.fake(query.new_empty(B, Q, num_heads * D), *arguments[-4:])
+    return quantize.fake(query.new_empty(B, Q, num_heads * D), *numbers)
 
 
 @triton.jit
@@ -91,6 +97,7 @@ def combine_quantize_kernel(
     LARGEST: tl.constexpr,
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROTATION: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     RESULT: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -120,6 +127,8 @@ def combine_quantize_kernel(
     if HAS_ORDER:
         channel = tl.load(order_ptr + position, mask=position < K, other=0).to(tl.int32)
     y = _gather(row, channel, position < K - OUTLIERS, HEAD_DIM, HEAD_BLOCK)
+    if ROTATION > 0:
+        y = rotated(y, BLOCK // ROTATION, ROTATION)
     codes, scale = _quantize(
         tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)), clip_over_largest, LARGEST, AXIS=1
     )
@@ -160,8 +169,9 @@ def launch(
     *arguments: Any, tiling: DecodeTiling | PrefillTiling | None = None
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
-    *attending, order, bits, group_size, outlier_channels, clip = arguments
-    attended, partial = attention.launch_partial(Arguments(*attending), tiling)
+    order, bits, group_size, outlier_channels, clip, *default = arguments[_ATTENDING:]
+    rotation = default[0] if default else 0
+    attended, partial = attention.launch_partial(Arguments(*arguments[:_ATTENDING]), tiling)
     B, Q, num_heads, D = attended.shape
     if partial is not None and partial.sums.shape[0] * num_heads * D > _MOST_FUSED:
         launch_combine(partial, attended)
@@ -174,6 +184,7 @@ def launch(
             group_size=group_size,
             outlier_channels=outlier_channels,
             clip=clip,
+            rotation=rotation,
         )
     layout = GroupLayout(num_heads * D, group_size, outlier_channels)
     codes = attended.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
@@ -204,6 +215,7 @@ def launch(
         LARGEST=largest,
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=max(group_size, triton.next_power_of_2(layout.width)),
+        ROTATION=rotation,
         HAS_ORDER=order is not None,
         RESULT=quantize_rows._TRITON_DTYPES[attended.dtype],
         OVERLAP=device_of(codes).overlaps,

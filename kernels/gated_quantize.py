@@ -35,6 +35,7 @@ def reference(
     group_size: int,
     outlier_channels: int,
     clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """gate and up (*, K), `activation`: a key of ACTIVATIONS, order (K,) int32."""
     y = ACTIVATIONS[activation](gate)
@@ -42,7 +43,7 @@ def reference(
         y = y * up
     if order is not None:
         y = y.index_select(-1, order)
-    return quantize.reference(y, bits, group_size, outlier_channels, clip)
+    return quantize.reference(y, bits, group_size, outlier_channels, clip, rotation)
 
 
 def fake(
@@ -54,8 +55,9 @@ def fake(
     group_size: int,
     outlier_channels: int,
     clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    return quantize.fake(gate, bits, group_size, outlier_channels, clip)
+    return quantize.fake(gate, bits, group_size, outlier_channels, clip, rotation)
 
 
 def launch(
@@ -67,6 +69,7 @@ def launch(
     group_size: int,
     outlier_channels: int,
     clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return quantize_rows.launch(
         gate,
@@ -77,6 +80,7 @@ def launch(
         group_size=group_size,
         outlier_channels=outlier_channels,
         clip=clip,
+        rotation=rotation,
     )
 
 

@@ -50,12 +50,13 @@ def reference(
     group_size: int,
     outlier_channels: int,
     clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """x (*, K), weight and bias (K,), order (K,) int32; `dtype`: what the norm would return."""
     y = norm(x, weight, bias, eps, center, round_normed, dtype)
     if order is not None:
         y = y.index_select(-1, order)
-    return quantize.reference(y, bits, group_size, outlier_channels, clip)
+    return quantize.reference(y, bits, group_size, outlier_channels, clip, rotation)
 
 
 def fake(
@@ -71,8 +72,9 @@ def fake(
     group_size: int,
     outlier_channels: int,
     clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    return quantize.fake(x, bits, group_size, outlier_channels, clip)
+    return quantize.fake(x, bits, group_size, outlier_channels, clip, rotation)
 
 
 def launch(
@@ -88,6 +90,7 @@ def launch(
     group_size: int,
     outlier_channels: int,
     clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     normed_dtype = x.dtype if round_normed else torch.float32
     product_dtype = (
@@ -103,6 +106,7 @@ def launch(
         group_size=group_size,
         outlier_channels=outlier_channels,
         clip=clip,
+        rotation=rotation,
     )
 
 

@@ -4,7 +4,8 @@
     codes[m, k] = round(x[m, k] / scale[group of k, m])
 
 The last `outlier_channels` are INT8 with one scale per token and no clip. Source: Atom (arXiv
-2310.19102), section 4.
+2310.19102), section 4. With `rotation` the groups are turned first, so many channels at a time: see
+rotate.py; 0 leaves them as they are. Every operator that quantizes takes the same numbers.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from torch import Tensor
 from . import quantize_rows
 from .library import define
 from .packing import OUTLIER_BITS, GroupLayout, round_to_codes
+from .rotate import rotate
 
 
 def reference(
-    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float, rotation: int = 0
 ) -> tuple[Tensor, Tensor]:
     """x (*, K), in order -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
+    if rotation:
+        x = rotate(x, group_size, outlier_channels, rotation)
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
     groups, outliers = layout.split(x)
     codes, scale = round_to_codes(groups, bits, clip)
@@ -33,7 +37,7 @@ def reference(
 
 
 def fake(
-    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float, rotation: int = 0
 ) -> tuple[Tensor, Tensor]:
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
     codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
@@ -41,35 +45,57 @@ def fake(
 
 
 def launch(
-    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float, rotation: int = 0
 ) -> tuple[Tensor, Tensor]:
-    return quantize_rows.launch(
-        x, None, bits=bits, group_size=group_size, outlier_channels=outlier_channels, clip=clip
-    )
+    return reorder_launch(x, None, bits, group_size, outlier_channels, clip, rotation)
 
 
 def reorder_reference(
-    x: Tensor, order: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor,
+    order: Tensor,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`quantize(reorder(x, order))` in one pass over memory."""
-    return reference(x.index_select(-1, order), bits, group_size, outlier_channels, clip)
+    return reference(x.index_select(-1, order), bits, group_size, outlier_channels, clip, rotation)
 
 
 def reorder_fake(
-    x: Tensor, order: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor,
+    order: Tensor,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    return fake(x, bits, group_size, outlier_channels, clip)
+    return fake(x, bits, group_size, outlier_channels, clip, rotation)
 
 
 def reorder_launch(
-    x: Tensor, order: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float
+    x: Tensor,
+    order: Tensor | None,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return quantize_rows.launch(
-        x, order, bits=bits, group_size=group_size, outlier_channels=outlier_channels, clip=clip
+        x,
+        order,
+        bits=bits,
+        group_size=group_size,
+        outlier_channels=outlier_channels,
+        clip=clip,
+        rotation=rotation,
     )
 
 
-NUMBERS = "int bits, int group_size, int outlier_channels, float clip"
+NUMBERS = "int bits, int group_size, int outlier_channels, float clip, int rotation=0"
 quantize = define(f"quantize(Tensor x, {NUMBERS}) -> (Tensor, Tensor)", reference, fake, launch)
 reorder_quantize = define(
     f"reorder_quantize(Tensor x, Tensor order, {NUMBERS}) -> (Tensor, Tensor)",

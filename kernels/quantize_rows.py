@@ -1,4 +1,4 @@
-"""The Triton kernel behind every quantize operator: norm or gated activation, reorder, codes out.
+"""The Triton kernel behind every quantize operator: norm or gate, reorder, rotation, codes out.
 
 One program takes one token. It reads the row as it lies in memory and puts it into channel order
 in shared memory: gathering from global memory would take one transaction a channel. Where nothing
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import OUTLIER_BITS, TINY, GroupLayout
+from .rotate import rotated
 
 
 class Norm(NamedTuple):
@@ -131,6 +132,7 @@ def quantize_rows_kernel(
     LARGEST: tl.constexpr,
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROTATION: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
     CENTER: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -177,6 +179,8 @@ def quantize_rows_kernel(
     if HAS_ORDER and WHOLE_ROW:
         y = tl.gather(y.to(RESULT), order, axis=0).to(tl.float32)
     y = tl.where(position < K - OUTLIERS, y, 0.0)
+    if ROTATION > 0:
+        y = rotated(y, BLOCK // ROTATION, ROTATION)
     codes, scale = _quantize(
         tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)), clip_over_largest, LARGEST, AXIS=1
     )
@@ -217,6 +221,7 @@ def launch(
     group_size: int,
     outlier_channels: int,
     clip: float,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """x and `up` (*, K) -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
@@ -256,6 +261,7 @@ def launch(
         LARGEST=largest,
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=block,
+        ROTATION=rotation,
         WHOLE_ROW=whole_row,
         CENTER=norm is not None and norm.center,
         ACTIVATION=activation,

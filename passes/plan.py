@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from ..kernels.packing import GroupLayout
-from .derived import ChannelOrder, RecipeLike, WeightRef
+from .derived import ChannelOrder, InputTransform, RecipeLike, WeightRef
 from .graphs import value
 from .linears import FoundLinear, is_weight
 
@@ -24,11 +24,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class PlannedLinear:
-    """A `layout` and the `order` of all linears of its input, or a `reason` to leave it alone."""
+    """The `transform` of its input, one for all that read it, or a `reason` to leave it alone."""
 
     found: FoundLinear
-    layout: GroupLayout
-    order: ChannelOrder | None
+    transform: InputTransform | None
     reason: str | None = None
     left_by_choice: bool = False
     note: str | None = None
@@ -48,14 +47,14 @@ def plan_linears(
     for linear in found:
         if reasons[linear] is None:
             readers[linear.x].append(linear)
-    orders = {x: _order(linears, recipe) for x, linears in readers.items()}
+    transforms = {x: _transform(linears, scheme, recipe) for x, linears in readers.items()}
     planned = []
     for linear in found:
         layout = scheme.layout(linear.in_features)
         reason = reasons[linear]
-        order = orders[linear.x] if reason is None else None
+        transform = transforms[linear.x] if reason is None else None
         chosen = choices[linear] is not None
-        planned.append(PlannedLinear(linear, layout, order, reason, chosen, _note(layout, scheme)))
+        planned.append(PlannedLinear(linear, transform, reason, chosen, _note(layout, scheme)))
     return planned
 
 
@@ -88,9 +87,14 @@ def _reason_to_leave(linear: FoundLinear, scheme: Scheme) -> str | None:
     return None
 
 
-def _order(linears: Sequence[FoundLinear], recipe: RecipeLike | None) -> ChannelOrder:
+def _transform(
+    linears: Sequence[FoundLinear], scheme: Scheme, recipe: RecipeLike | None
+) -> InputTransform:
     weights = tuple(WeightRef(linear.weight, linear.name, linear.transposed) for linear in linears)
-    return ChannelOrder(weights, recipe)
+    layout = scheme.layout(linears[0].in_features)
+    if not scheme.rotation:
+        return InputTransform(ChannelOrder(weights, recipe), layout)
+    return InputTransform(ChannelOrder(weights, recipe, layout), layout, scheme.rotation)
 
 
 def _note(layout: GroupLayout, scheme: Scheme) -> str | None:

@@ -1,0 +1,140 @@
+"""`atom::rotate`: turns the channels of each group into one another, so that none stands out.
+
+    turned[b * n + i] = sum_j H[i, j] * sign[j] * x[b * n + j] / sqrt(n)        n = block
+
+H is Sylvester's Hadamard matrix: H[i, j] is -1 where i & j has an odd number of bits, else 1. An
+orthogonal transform, so that a weight whose columns went through it gives the same products, and a
+group's largest value comes close to three times its root mean square whatever the channels were:
+INT4 then loses least. The outlier channels, behind the groups, stay as they are. Sources: QuaRot
+(arXiv 2404.00456), section 3; block-wise, as in DuQuant (arXiv 2406.01721).
+
+The signs are those of the Rudin-Shapiro sequence, the flattest against H that a formula gives:
+without them what all channels of a block share, such as the mean of a ReLU, would land in one.
+
+Everything is float32, in one order of additions: log2(n) times sums and differences of pairs, with
+distances 1, 2, 4, ... The reference and the kernels agree to the last bit.
+
+A plain operator: passes fuse it into the quantize that follows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .library import define
+from .packing import GroupLayout
+
+
+def rotate_blocks(x: Tensor) -> Tensor:
+    """float32 (*, n) -> (*, n), n a power of two: signs, then the Hadamard matrix over sqrt(n)."""
+    n = x.shape[-1]
+    x = x * _signs(n, x.device)
+    distance = 1
+    while distance < n:
+        a, b = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+        distance *= 2
+    rotated: Tensor = x * n**-0.5
+    return rotated
+
+
+def _signs(n: int, device: torch.device) -> Tensor:
+    """float32 (n,): -1 where an odd number of pairs of neighbouring bits of the index are set."""
+    index = torch.arange(n, device=device)
+    odd = index & (index >> 1)
+    for distance in (8, 4, 2, 1):
+        odd = odd ^ (odd >> distance)
+    return (1 - 2 * (odd & 1)).float()
+
+
+def reference(x: Tensor, group_size: int, outlier_channels: int, block: int) -> Tensor:
+    """x (*, K), in order -> (*, padded_width) float32, `block` channels at a time.
+
+    padded_width: see packing.py; a ragged last group is padded with zeros before it is turned.
+    `block`: a power of two up to 1024 that divides `group_size`.
+    """
+    groups, outliers = GroupLayout(x.shape[-1], group_size, outlier_channels).split(x.float())
+    turned = rotate_blocks(groups.flatten(-2).unflatten(-1, (-1, block))).flatten(-2)
+    return torch.cat([turned, outliers], dim=-1)
+
+
+def fake(x: Tensor, group_size: int, outlier_channels: int, block: int) -> Tensor:
+    layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
+    return x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.float32)
+
+
+@triton.jit
+def rotated(y, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """float32 (ROWS * BLOCK,) -> the same, each BLOCK turned; mirrors `rotate_blocks`."""
+    index = tl.arange(0, ROWS * BLOCK) % BLOCK
+    odd = index & (index >> 1)
+    odd = odd ^ (odd >> 8)
+    odd = odd ^ (odd >> 4)
+    odd = odd ^ (odd >> 2)
+    odd = odd ^ (odd >> 1)
+    y = tl.where((odd & 1) == 1, -y, y)
+    for bit in tl.static_range(10):
+        if (1 << bit) < BLOCK:
+            pairs = tl.reshape(y, (ROWS * BLOCK >> (bit + 1), 2, 1 << bit))
+            a, b = tl.split(tl.permute(pairs, (0, 2, 1)))
+            y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS * BLOCK,))
+    return y * (BLOCK**-0.5)
+
+
+@triton.jit
+def rotate_kernel(
+    x_ptr,
+    out_ptr,
+    K,
+    x_stride,
+    GROUPED: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token and ROWS blocks of it; whatever lies behind the groups is copied."""
+    m = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(1) * ROWS * BLOCK + tl.arange(0, ROWS * BLOCK)
+    x_row, out_row = x_ptr + m * x_stride, out_ptr + m * (GROUPED + OUTLIERS)
+    y = tl.load(x_row + position, mask=position < K - OUTLIERS, other=0.0).to(tl.float32)
+    tl.store(out_row + position, rotated(y, ROWS, BLOCK), mask=position < GROUPED)
+    outlier = position - GROUPED
+    live = (outlier >= 0) & (outlier < OUTLIERS)
+    y = tl.load(x_row + K - OUTLIERS + outlier, mask=live, other=0.0).to(tl.float32)
+    tl.store(out_row + position, y, mask=live)
+
+
+def launch(x: Tensor, group_size: int, outlier_channels: int, block: int) -> Tensor:
+    layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
+    out = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.float32)
+    M = out.numel() // layout.padded_width
+    if M == 0:
+        return out
+    rows = x.reshape(-1, layout.width)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    tile = max(block, min(1024, triton.next_power_of_2(layout.padded_width)))
+    rotate_kernel[(M, triton.cdiv(layout.padded_width, tile))](
+        rows,
+        out,
+        layout.width,
+        rows.stride(0),
+        GROUPED=layout.grouped_width,
+        OUTLIERS=outlier_channels,
+        ROWS=tile // block,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out
+
+
+rotate = define(
+    "rotate(Tensor x, int group_size, int outlier_channels, int block) -> Tensor",
+    reference,
+    fake,
+    launch,
+    inlined=False,  # of seven nested sums and differences Inductor makes minutes of C++
+)
