@@ -10,11 +10,13 @@ INT4 then loses least. The outlier channels, behind the groups, stay as they are
 
 The signs are those of the Rudin-Shapiro sequence, the flattest against H that a formula gives:
 without them what all channels of a block share, such as the mean of a ReLU, would land in one.
+`inverse` turns back: H first, the signs last.
 
 Everything is float32, in one order of additions: log2(n) times sums and differences of pairs, with
 distances 1, 2, 4, ... The reference and the kernels agree to the last bit.
 
-A plain operator: passes fuse it into the quantize that follows.
+A plain operator: passes fuse it into the quantize that follows. `rotate_heads` is the same for the
+keys and values of a cache.
 """
 
 from __future__ import annotations
@@ -28,17 +30,19 @@ from .library import define
 from .packing import GroupLayout
 
 
-def rotate_blocks(x: Tensor) -> Tensor:
+def rotate_blocks(x: Tensor, inverse: bool = False) -> Tensor:
     """float32 (*, n) -> (*, n), n a power of two: signs, then the Hadamard matrix over sqrt(n)."""
     n = x.shape[-1]
-    x = x * _signs(n, x.device)
+    signs = _signs(n, x.device)
+    if not inverse:
+        x = x * signs
     distance = 1
     while distance < n:
         a, b = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
         x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
         distance *= 2
-    rotated: Tensor = x * n**-0.5
-    return rotated
+    x = x * n**-0.5
+    return x * signs if inverse else x
 
 
 def _signs(n: int, device: torch.device) -> Tensor:
@@ -50,24 +54,39 @@ def _signs(n: int, device: torch.device) -> Tensor:
     return (1 - 2 * (odd & 1)).float()
 
 
-def reference(x: Tensor, group_size: int, outlier_channels: int, block: int) -> Tensor:
+def reference(
+    x: Tensor, group_size: int, outlier_channels: int, block: int, inverse: bool = False
+) -> Tensor:
     """x (*, K), in order -> (*, padded_width) float32, `block` channels at a time.
 
     padded_width: see packing.py; a ragged last group is padded with zeros before it is turned.
     `block`: a power of two up to 1024 that divides `group_size`.
     """
     groups, outliers = GroupLayout(x.shape[-1], group_size, outlier_channels).split(x.float())
-    turned = rotate_blocks(groups.flatten(-2).unflatten(-1, (-1, block))).flatten(-2)
+    turned = rotate_blocks(groups.flatten(-2).unflatten(-1, (-1, block)), inverse).flatten(-2)
     return torch.cat([turned, outliers], dim=-1)
 
 
-def fake(x: Tensor, group_size: int, outlier_channels: int, block: int) -> Tensor:
+def fake(
+    x: Tensor, group_size: int, outlier_channels: int, block: int, inverse: bool = False
+) -> Tensor:
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
     return x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.float32)
 
 
+def rotate_heads(x: Tensor, inverse: bool = False) -> Tensor:
+    """x (*, head_dim), turned, in its dtype; the largest power of two in head_dim is the block.
+
+    Keys and queries turned alike give the scores that they gave, and what attention makes of turned
+    values turns back.
+    """
+    head_dim = x.shape[-1]
+    turned: Tensor = rotate(x, head_dim, 0, head_dim & -head_dim, inverse)
+    return turned.to(x.dtype)
+
+
 @triton.jit
-def rotated(y, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def rotated(y, ROWS: tl.constexpr, BLOCK: tl.constexpr, INVERSE: tl.constexpr = False):
     """float32 (ROWS * BLOCK,) -> the same, each BLOCK turned; mirrors `rotate_blocks`."""
     index = tl.arange(0, ROWS * BLOCK) % BLOCK
     odd = index & (index >> 1)
@@ -75,13 +94,17 @@ def rotated(y, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     odd = odd ^ (odd >> 4)
     odd = odd ^ (odd >> 2)
     odd = odd ^ (odd >> 1)
-    y = tl.where((odd & 1) == 1, -y, y)
+    if not INVERSE:
+        y = tl.where((odd & 1) == 1, -y, y)
     for bit in tl.static_range(10):
         if (1 << bit) < BLOCK:
             pairs = tl.reshape(y, (ROWS * BLOCK >> (bit + 1), 2, 1 << bit))
             a, b = tl.split(tl.permute(pairs, (0, 2, 1)))
             y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS * BLOCK,))
-    return y * (BLOCK**-0.5)
+    y = y * (BLOCK**-0.5)
+    if INVERSE:
+        y = tl.where((odd & 1) == 1, -y, y)
+    return y
 
 
 @triton.jit
@@ -94,20 +117,23 @@ def rotate_kernel(
     OUTLIERS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):
     """One token and ROWS blocks of it; whatever lies behind the groups is copied."""
     m = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1) * ROWS * BLOCK + tl.arange(0, ROWS * BLOCK)
     x_row, out_row = x_ptr + m * x_stride, out_ptr + m * (GROUPED + OUTLIERS)
     y = tl.load(x_row + position, mask=position < K - OUTLIERS, other=0.0).to(tl.float32)
-    tl.store(out_row + position, rotated(y, ROWS, BLOCK), mask=position < GROUPED)
+    tl.store(out_row + position, rotated(y, ROWS, BLOCK, INVERSE), mask=position < GROUPED)
     outlier = position - GROUPED
     live = (outlier >= 0) & (outlier < OUTLIERS)
     y = tl.load(x_row + K - OUTLIERS + outlier, mask=live, other=0.0).to(tl.float32)
     tl.store(out_row + position, y, mask=live)
 
 
-def launch(x: Tensor, group_size: int, outlier_channels: int, block: int) -> Tensor:
+def launch(
+    x: Tensor, group_size: int, outlier_channels: int, block: int, inverse: bool = False
+) -> Tensor:
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
     out = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.float32)
     M = out.numel() // layout.padded_width
@@ -126,13 +152,15 @@ def launch(x: Tensor, group_size: int, outlier_channels: int, block: int) -> Ten
         OUTLIERS=outlier_channels,
         ROWS=tile // block,
         BLOCK=block,
+        INVERSE=inverse,
         num_warps=4,
     )
     return out
 
 
 rotate = define(
-    "rotate(Tensor x, int group_size, int outlier_channels, int block) -> Tensor",
+    "rotate(Tensor x, int group_size, int outlier_channels, int block, bool inverse=False) "
+    "-> Tensor",
     reference,
     fake,
     launch,
