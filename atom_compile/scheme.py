@@ -29,8 +29,8 @@ class Scheme:
         project tests with.
     rotation: so many channels of a group at a time go through a Hadamard transform before they are
         quantized, and the weight's columns with them; a power of two that divides `group_size`.
-        The groups' channels are then dealt out evenly instead of sorted. Outlier channels stay as
-        they are. None is Atom's own. See kernels/rotate.py.
+        The groups' channels are then dealt out evenly instead of sorted, and the outlier channels
+        turned among themselves. None is Atom's own. See kernels/rotate.py.
     """
 
     weight_bits: int = 4

@@ -6,8 +6,10 @@
 Everything is simulated in float32 on a model written out here: each linear's input goes through a
 method's transform and is rounded per token and group, its weight goes through the inverse and is
 rounded to nearest (RTN, the best of nine clips per group) or by GPTQ. So methods can be tried that
-the product does not have. Ratios to float32 over windows spread evenly over the validation text;
-`activations` leaves the weights as they are. Rows that FILE has already are kept.
+the product does not have. `ratio`: of the perplexity to float32's, over windows spread evenly over
+the validation text; half a percent either way is chance. `divergence`: the mean Kullback-Leibler
+divergence from float32's predictions, in nats, which tells methods apart better. `activations`
+leaves the weights as they are. Rows that FILE has already are kept.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Method:
 
     order: "none", "sorted" by magnitude, or "dealt" over the groups, so that all are alike.
     outliers: so many of the largest channels are INT8. rotation: "none", "blocks" (Hadamard in
-    each group), "full" (one random orthogonal matrix over all groups).
+    each group), "full" (one random orthogonal matrix over all groups). turn_outliers: "blocks" in
+    the outliers as well.
     smoothing: the exponent of a scale per channel, sqrt(mean square) over the weight's column norm.
     clips: more than one: the best for each token and group. rms: steps of so many root mean squares
     instead.
@@ -53,6 +56,7 @@ class Method:
     order: str = "dealt"
     outliers: int = 128
     rotation: str = "blocks"
+    turn_outliers: bool = True
     smoothing: float = 0.0
     group: int = GROUP
     clips: tuple[float, ...] = (0.8,)
@@ -68,6 +72,7 @@ METHODS = {
     "rotated": BEST,
     "rotated, kv4": replace(BEST, cache="kv4"),
     "rotated, kv4 rotated": replace(BEST, cache="kv4 rotated"),
+    "rotated, outliers as they are": Method(turn_outliers=False),
     "rotated, gptq": replace(BEST, weights="gptq"),
     "rotated, gptq, kv4 rotated": replace(BEST, weights="gptq", cache="kv4 rotated"),
     "random rotation of the whole width": Method(order="none", outliers=0, rotation="full"),
@@ -154,15 +159,16 @@ class Llama:
                 hidden = hidden + out if site in ("o", "down") else hidden
         return hidden
 
-    def perplexity(
+    def predictions(
         self, ids: Tensor, linear: Callable[[Key, Tensor], Tensor], cache: Cache
-    ) -> float:
-        total = 0.0
+    ) -> Iterator[Tensor]:
+        """Logarithms of probabilities (batch, tokens, vocabulary)."""
         for batch in ids.split(BATCH):
             hidden = self.norm(self.hidden(batch, linear, cache), self.last_norm)
-            logits = F.linear(hidden[:, :-1], self.head).flatten(0, 1)
-            total += F.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum").item()
-        return math.exp(total / ids[:, 1:].numel())
+            yield F.linear(hidden, self.head).log_softmax(-1)
+
+    def in_full(self, key: Key, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[key])
 
 
 class Transform:
@@ -197,6 +203,8 @@ class Transform:
             groups = groups @ self.matrix
         elif self.method.rotation == "blocks":
             groups = rotate_blocks(groups.unflatten(-1, (-1, self.method.group))).flatten(-2)
+            if self.method.outliers and self.method.turn_outliers:
+                outliers = rotate_blocks(outliers)
         return torch.cat([groups, outliers], dim=-1)
 
     def rounded_input(self, x: Tensor) -> Tensor:
@@ -268,6 +276,17 @@ def best_step(columns: Tensor) -> Tensor:
     steps = torch.stack([largest * (clip / 7) for clip in CLIPS])
     errors = torch.stack([(columns - round_to(columns, step)).square().sum(1) for step in steps])
     return steps[errors.argmin(0), torch.arange(len(columns)), 0]
+
+
+def compare(got: Iterator[Tensor], full: list[Tensor], ids: Tensor) -> dict[str, float]:
+    loss = full_loss = divergence = 0.0
+    for one, wanted, batch in zip(got, full, ids.split(BATCH), strict=True):
+        targets = batch[:, 1:, None]
+        loss -= one[:, :-1].gather(2, targets).sum().item()
+        full_loss -= wanted[:, :-1].gather(2, targets).sum().item()
+        divergence += F.kl_div(one, wanted, reduction="sum", log_target=True).item()
+    ratio = math.exp((loss - full_loss) / ids[:, 1:].numel())
+    return {"ratio": round(ratio, 4), "divergence": round(divergence / ids.numel(), 5)}
 
 
 def moments(llama: Llama, ids: Tensor) -> dict[Key, Tensor]:
@@ -380,11 +399,7 @@ def measure(
     if arguments.out.exists():
         result = json.loads(arguments.out.read_text())
     rows = result.setdefault(name, {})
-    if "float32" not in rows:
-        full = llama.perplexity(
-            validation, lambda key, x: F.linear(x, llama.weights[key]), CACHES["none"]
-        )
-        rows["float32"] = full
+    full = list(llama.predictions(validation, llama.in_full, CACHES["none"]))
     second = moments(llama, calibration)
     for title in arguments.methods:
         if title in rows:
@@ -396,8 +411,8 @@ def measure(
             transform, weight = quantized[key]
             return F.linear(transform.rounded_input(x), weight)
 
-        got = llama.perplexity(validation, linear, CACHES[method.cache])
-        rows[title] = round(got / rows["float32"], 4)
+        got = llama.predictions(validation, linear, CACHES[method.cache])
+        rows[title] = compare(got, full, validation)
         print(f"{name}, {title}: {rows[title]}", flush=True)
         arguments.out.write_text(json.dumps(result, indent=1))
 

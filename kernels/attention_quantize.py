@@ -26,7 +26,7 @@ from .library import define
 from .packing import OUTLIER_BITS, GroupLayout
 from .quantize import NUMBERS
 from .quantize_rows import _quantize
-from .rotate import rotated
+from .rotate import outlier_block, rotated
 
 
 def reference(
@@ -98,6 +98,7 @@ def combine_quantize_kernel(
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATION: tl.constexpr,
+    OUTLIER_ROTATION: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     RESULT: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -145,6 +146,8 @@ def combine_quantize_kernel(
         if HAS_ORDER:
             channel = tl.load(order_ptr + channel).to(tl.int32)
         y = _gather(row, channel, live_lane, HEAD_DIM, HEAD_BLOCK)
+        if ROTATION > 0:
+            y = rotated(y, OUTLIER_BLOCK // OUTLIER_ROTATION, OUTLIER_ROTATION)
         codes, scale = _quantize(y, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0)
         tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, codes, mask=live_lane)
         tl.store(scale_ptr + tl.cast(NUM_GROUPS, tl.int64) * M + m, scale)
@@ -216,6 +219,7 @@ def launch(
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=max(group_size, triton.next_power_of_2(layout.width)),
         ROTATION=rotation,
+        OUTLIER_ROTATION=outlier_block(outlier_channels, rotation),
         HAS_ORDER=order is not None,
         RESULT=quantize_rows._TRITON_DTYPES[attended.dtype],
         OVERLAP=device_of(codes).overlaps,

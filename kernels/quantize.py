@@ -4,7 +4,7 @@
     codes[m, k] = round(x[m, k] / scale[group of k, m])
 
 The last `outlier_channels` are INT8 with one scale per token and no clip. Source: Atom (arXiv
-2310.19102), section 4. With `rotation` the groups are turned first, so many channels at a time: see
+2310.19102), section 4. With `rotation` the channels are turned first, so many at a time: see
 rotate.py; 0 leaves them as they are. Every operator that quantizes takes the same numbers.
 """
 

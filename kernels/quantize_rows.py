@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import OUTLIER_BITS, TINY, GroupLayout
-from .rotate import rotated
+from .rotate import outlier_block, rotated
 
 
 class Norm(NamedTuple):
@@ -133,6 +133,7 @@ def quantize_rows_kernel(
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATION: tl.constexpr,
+    OUTLIER_ROTATION: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
     CENTER: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -195,6 +196,8 @@ def quantize_rows_kernel(
                 x_row, up_row, weight_ptr, bias_ptr, outlier, live_lane, mean, rstd,
                 ACTIVATION, HAS_UP, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
             )  # fmt: skip
+            if ROTATION > 0:
+                outliers = rotated(outliers, OUTLIER_BLOCK // OUTLIER_ROTATION, OUTLIER_ROTATION)
             outlier_codes, outlier_scale = _quantize(
                 outliers, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0
             )
@@ -262,6 +265,7 @@ def launch(
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=block,
         ROTATION=rotation,
+        OUTLIER_ROTATION=outlier_block(outlier_channels, rotation),
         WHOLE_ROW=whole_row,
         CENTER=norm is not None and norm.center,
         ACTIVATION=activation,

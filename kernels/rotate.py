@@ -5,8 +5,9 @@
 H is Sylvester's Hadamard matrix: H[i, j] is -1 where i & j has an odd number of bits, else 1. An
 orthogonal transform, so that a weight whose columns went through it gives the same products, and a
 group's largest value comes close to three times its root mean square whatever the channels were:
-INT4 then loses least. The outlier channels, behind the groups, stay as they are. Sources: QuaRot
-(arXiv 2404.00456), section 3; block-wise, as in DuQuant (arXiv 2406.01721).
+INT4 then loses least. The outlier channels, behind the groups, are turned among themselves: a few
+of them are far larger than the rest, which their common scale would leave few codes. Sources:
+QuaRot (arXiv 2404.00456), section 3; block-wise, as in DuQuant (arXiv 2406.01721).
 
 The signs are those of the Rudin-Shapiro sequence, the flattest against H that a formula gives:
 without them what all channels of a block share, such as the mean of a ReLU, would land in one.
@@ -60,11 +61,23 @@ def reference(
     """x (*, K), in order -> (*, padded_width) float32, `block` channels at a time.
 
     padded_width: see packing.py; a ragged last group is padded with zeros before it is turned.
-    `block`: a power of two up to 1024 that divides `group_size`.
+    `block`: a power of two up to 1024 that divides `group_size`; of the outliers, see
+    `outlier_block`.
     """
     groups, outliers = GroupLayout(x.shape[-1], group_size, outlier_channels).split(x.float())
     turned = rotate_blocks(groups.flatten(-2).unflatten(-1, (-1, block)), inverse).flatten(-2)
+    if outlier_channels:
+        blocks = outliers.unflatten(-1, (-1, outlier_block(outlier_channels, block)))
+        outliers = rotate_blocks(blocks, inverse).flatten(-2)
     return torch.cat([turned, outliers], dim=-1)
+
+
+def outlier_block(outlier_channels: int, block: int) -> int:
+    """How many outlier channels are turned at a time: the largest power of two that divides them.
+
+    At most `block`, and 1 if there are none.
+    """
+    return min(block, outlier_channels & -outlier_channels) if outlier_channels else 1
 
 
 def fake(
@@ -117,18 +130,23 @@ def rotate_kernel(
     OUTLIERS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    OUTLIER_ROTATION: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """One token and ROWS blocks of it; whatever lies behind the groups is copied."""
+    """One token and ROWS blocks of it; the first program turns the outliers too."""
     m = tl.program_id(0).to(tl.int64)
     position = tl.program_id(1) * ROWS * BLOCK + tl.arange(0, ROWS * BLOCK)
     x_row, out_row = x_ptr + m * x_stride, out_ptr + m * (GROUPED + OUTLIERS)
     y = tl.load(x_row + position, mask=position < K - OUTLIERS, other=0.0).to(tl.float32)
     tl.store(out_row + position, rotated(y, ROWS, BLOCK, INVERSE), mask=position < GROUPED)
-    outlier = position - GROUPED
-    live = (outlier >= 0) & (outlier < OUTLIERS)
-    y = tl.load(x_row + K - OUTLIERS + outlier, mask=live, other=0.0).to(tl.float32)
-    tl.store(out_row + position, y, mask=live)
+    if OUTLIERS > 0:
+        if tl.program_id(1) == 0:
+            lane = tl.arange(0, LANES)
+            live = lane < OUTLIERS
+            y = tl.load(x_row + K - OUTLIERS + lane, mask=live, other=0.0).to(tl.float32)
+            y = rotated(y, LANES // OUTLIER_ROTATION, OUTLIER_ROTATION, INVERSE)
+            tl.store(out_row + GROUPED + lane, y, mask=live)
 
 
 def launch(
@@ -142,8 +160,8 @@ def launch(
     rows = x.reshape(-1, layout.width)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    tile = max(block, min(1024, triton.next_power_of_2(layout.padded_width)))
-    rotate_kernel[(M, triton.cdiv(layout.padded_width, tile))](
+    tile = max(block, min(1024, triton.next_power_of_2(layout.grouped_width)))
+    rotate_kernel[(M, triton.cdiv(layout.grouped_width, tile))](
         rows,
         out,
         layout.width,
@@ -152,6 +170,8 @@ def launch(
         OUTLIERS=outlier_channels,
         ROWS=tile // block,
         BLOCK=block,
+        LANES=triton.next_power_of_2(max(outlier_channels, 1)),
+        OUTLIER_ROTATION=outlier_block(outlier_channels, block),
         INVERSE=inverse,
         num_warps=4,
     )

@@ -40,11 +40,11 @@ def operator_cases(setting: Setting) -> list[Case]:
     return cases
 
 
-def _quantize_numbers(setting: Setting, width: int) -> tuple[int, int, int, float]:
+def _quantize_numbers(setting: Setting, width: int) -> tuple[int, int, int, float, int]:
     """The last arguments of every quantize operator."""
     scheme, layout = setting.scheme, setting.scheme.layout(width)
     bits, clip = scheme.activation_bits, scheme.activation_clip
-    return bits, layout.group_size, layout.outlier_channels, clip
+    return bits, layout.group_size, layout.outlier_channels, clip, scheme.rotation or 0
 
 
 def _linear_cases(setting: Setting, op: str, M: int, N: int, K: int) -> list[Case]:
