@@ -144,9 +144,9 @@ def rotate_kernel(
         if tl.program_id(1) == 0:
             lane = tl.arange(0, LANES)
             live = lane < OUTLIERS
-            y = tl.load(x_row + K - OUTLIERS + lane, mask=live, other=0.0).to(tl.float32)
-            y = rotated(y, LANES // OUTLIER_ROTATION, OUTLIER_ROTATION, INVERSE)
-            tl.store(out_row + GROUPED + lane, y, mask=live)
+            outliers = tl.load(x_row + K - OUTLIERS + lane, mask=live, other=0.0).to(tl.float32)
+            outliers = rotated(outliers, LANES // OUTLIER_ROTATION, OUTLIER_ROTATION, INVERSE)
+            tl.store(out_row + GROUPED + lane, outliers, mask=live)
 
 
 def launch(
