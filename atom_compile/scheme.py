@@ -75,7 +75,7 @@ class Scheme:
     def preset(cls, name: str) -> Scheme:
         """A scheme by name.
 
-        `w4a4`: Atom. `w4a4-rotated`: the same with rotated groups, a third of the loss.
+        `w4a4`: Atom. `w4a4-rotated`: the same with rotated channels, half the loss.
         `w4a8`: INT8 activations without clip, 48 outlier channels.
         """
         if name not in PRESETS:
@@ -116,7 +116,7 @@ class KVScheme:
     residual: so many of the most recent tokens are read in 16 bits.
     rotate: keys and values go through a Hadamard transform of each head before they are quantized,
         queries too; what attention gives is turned back. It spreads the few large channels that
-        keys have, which then cost a third of the loss. See kernels/rotate.py.
+        keys have; a 4-bit cache then loses less than half. See kernels/rotate.py.
     """
 
     bits: int = 4
