@@ -87,7 +87,7 @@ def rewrite(gm: GraphModule, options: Options, keep_graphs: bool = False) -> Rew
         fuse=options.fuse,
         keep_graphs=keep_graphs,
     )
-    left = [plan for plan in run.planned if plan.order is None]
+    left = [plan for plan in run.planned if plan.transform is None]
     log.info(
         "%d of %d linears rewritten in %.0f ms",
         len(run.planned) - len(left),

@@ -206,7 +206,7 @@ class _Statistics:
             observed.setdefault(found.x, []).append(found.name)
             self._shapes[found.name] = tuple(found.weight.meta["example_value"].shape)
         planned = plan_linears(linears, self._scheme, None, self._include_head, ())
-        wanted = tuple(plan.found for plan in planned if plan.order is not None)
+        wanted = tuple(plan.found for plan in planned if plan.transform is not None)
 
         def run(*args: Any) -> Any:
             self.calls[-1].append(Call(gm, args, wanted))

@@ -73,14 +73,17 @@ def explain(
         ),
     ] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="w4a4, w4ax or w4a8; by default the recipe's own, or w4a4.")
+        str | None,
+        typer.Option(
+            help="w4a4, w4a4-rotated, w4ax or w4a8; by default the recipe's own, or w4a4."
+        ),
     ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A recipe that `atom-compile calibrate` wrote.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens the model is run on.")] = 16,
     kv_cache: Annotated[
-        str | None, typer.Option(help="Run it with a KV cache: kv4, kv8 or kv16. None by default.")
+        str | None, typer.Option(help="Run it with a KV cache: kv4, kv4-rotated, kv8 or kv16.")
     ] = None,
     stage: Annotated[
         str | None, typer.Option(help="Print the graph after this pass, as Python, and no report.")

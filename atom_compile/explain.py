@@ -223,7 +223,7 @@ def _layers(run: Rewrite) -> list[Layer]:
 
 def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
     found = plan.found
-    rewritten = product is not None and plan.order is not None
+    rewritten = product is not None and plan.transform is not None
     operator = quantized_by = None
     before = after = _bytes(found.weight)
     if rewritten:
@@ -244,7 +244,7 @@ def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
         quantized_by,
         weight_bits=run.scheme.weight_bits if rewritten else None,
         activation_bits=run.scheme.activation_bits if rewritten else None,
-        outlier_channels=plan.layout.outlier_channels if rewritten else None,
+        outlier_channels=packed.layout.outlier_channels if rewritten else None,
         weight_bytes_before=before,
         weight_bytes_after=after,
         error=plan.error,

@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .errors import CacheError, OptionError
 from .kernels.kv_cache import kv_append, kv_read
+from .kernels.rotate import rotate_heads
 from .scheme import KVScheme
 
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
@@ -32,7 +33,7 @@ class KVCache(Cache):  # type: ignore[misc]
 
     config: the model's configuration.
     max_batch, max_len: how many sequences, and tokens of each, prompt included, there is room for.
-    scheme: "kv4", "kv8", "kv16" or a `KVScheme`.
+    scheme: "kv4", "kv4-rotated", "kv8", "kv16" or a `KVScheme`.
     device: the model's; by default a GPU if there is one.
     dtype: of what stays in 16 bits; the configuration's by default.
 
@@ -175,6 +176,8 @@ class KVLayer(StaticLayer):  # type: ignore[misc]
         Both come back as (batch, num_kv_heads, max_len, head_dim), zeros where nothing is held.
         """
         self._check(key_states, value_states)
+        if self.scheme.rotate:
+            key_states, value_states = rotate_heads(key_states), rotate_heads(value_states)
         bits, tokens = self.scheme.bits, key_states.shape[-2]
         cache, start = self.tensors, self.cumulative_length
         if tokens > 1 and self.window < self.max_cache_len:
@@ -189,10 +192,11 @@ class KVLayer(StaticLayer):  # type: ignore[misc]
         length, batch = self.cumulative_length, key_states.shape[0]
         sizes = batch, self.max_cache_len, bits, key_states.dtype
         key_codes, key_scale, value_codes, value_scale, key_recent, value_recent = cache
-        return (
-            kv_read(key_codes, key_scale, key_recent, self.rope, length, *sizes),
-            kv_read(value_codes, value_scale, value_recent, None, length, *sizes),
-        )
+        keys = kv_read(key_codes, key_scale, key_recent, self.rope, length, *sizes)
+        values = kv_read(value_codes, value_scale, value_recent, None, length, *sizes)
+        if self.scheme.rotate:
+            return rotate_heads(keys, inverse=True), rotate_heads(values, inverse=True)
+        return keys, values
 
     def _widened(self, tokens: int) -> tuple[Tensor | None, ...]:
         """A copy with room for `tokens` more, with the window's tokens in the slots that fit it."""

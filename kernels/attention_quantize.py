@@ -1,7 +1,7 @@
 """`atom::attention_quantize`: attention, then reorder and quantize for the linear that reads it.
 
     attended = attention(query, cache, ...)             (B, Q, num_heads * D), rounded to its dtype
-    codes, scale = quantize(reorder(attended, order))
+    codes, scale = quantize(reorder(attended, order))   or quantize(rotate(reorder(...)))
 
 Where several programs share a sequence, the one that adds up their sums quantizes the token too.
 Formulas and layouts: attention.py, quantize.py.
@@ -26,6 +26,7 @@ from .library import define
 from .packing import OUTLIER_BITS, GroupLayout
 from .quantize import NUMBERS
 from .quantize_rows import _quantize, _quantize_groups
+from .rotate import outlier_block, rotated
 
 
 def reference(
@@ -50,22 +51,27 @@ def reference(
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in attention.py -> codes (B, Q, padded_width) int8, scale (num_scales, B, Q)."""
     cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
     attended = attention.reference(
         query, *cache, position, mask, kv_bits, window, attention_scale, softcap
     )
-    numbers = (bits, group_size, outlier_channels, clip, int8_groups)
+    numbers = (bits, group_size, outlier_channels, clip, int8_groups, rotation)
     x = attended.transpose(1, 2).flatten(2)
     if order is None:
         return quantize.reference(x, *numbers)
     return quantize.reorder_reference(x, order, *numbers)
 
 
-def fake(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+_ATTENDING = len(Arguments._fields)  # so many arguments are of attention.py
+
+
+def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    query, numbers = arguments[0], arguments[_ATTENDING + 1 :]
     B, num_heads, Q, D = query.shape
-    return quantize.fake(query.new_empty(B, Q, num_heads * D), *arguments[len(Arguments._fields) :])
+    return quantize.fake(query.new_empty(B, Q, num_heads * D), *numbers)
 
 
 @triton.jit
@@ -93,6 +99,8 @@ def combine_quantize_kernel(
     LARGEST: tl.constexpr,
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROTATION: tl.constexpr,
+    OUTLIER_ROTATION: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     RESULT: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -122,6 +130,8 @@ def combine_quantize_kernel(
     if HAS_ORDER:
         channel = tl.load(order_ptr + position, mask=position < K, other=0).to(tl.int32)
     y = _gather(row, channel, position < K - OUTLIERS, HEAD_DIM, HEAD_BLOCK)
+    if ROTATION > 0:
+        y = rotated(y, BLOCK // ROTATION, ROTATION)
     group = tl.arange(0, BLOCK // GROUP_SIZE)
     codes, scale = _quantize_groups(
         tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)),
@@ -144,6 +154,8 @@ def combine_quantize_kernel(
         if HAS_ORDER:
             channel = tl.load(order_ptr + channel).to(tl.int32)
         y = _gather(row, channel, live_lane, HEAD_DIM, HEAD_BLOCK)
+        if ROTATION > 0:
+            y = rotated(y, OUTLIER_BLOCK // OUTLIER_ROTATION, OUTLIER_ROTATION)
         codes, scale = _quantize(y, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0)
         tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, codes, mask=live_lane)
         tl.store(scale_ptr + tl.cast(NUM_GROUPS, tl.int64) * M + m, scale)
@@ -168,10 +180,9 @@ def launch(
     *arguments: Any, tiling: DecodeTiling | PrefillTiling | None = None
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
-    attending = Arguments(*arguments[: len(Arguments._fields)])
-    order, *numbers = arguments[len(Arguments._fields) :]
-    bits, group_size, outlier_channels, clip, int8_groups = (*numbers, 0)[:5]  # the last defaults
-    attended, partial = attention.launch_partial(attending, tiling)
+    order, bits, group_size, outlier_channels, clip, *defaults = arguments[_ATTENDING:]
+    int8_groups, rotation = (*defaults, 0, 0)[:2]
+    attended, partial = attention.launch_partial(Arguments(*arguments[:_ATTENDING]), tiling)
     B, Q, num_heads, D = attended.shape
     if partial is not None and partial.sums.shape[0] * num_heads * D > _MOST_FUSED:
         launch_combine(partial, attended)
@@ -185,6 +196,7 @@ def launch(
             outlier_channels=outlier_channels,
             clip=clip,
             int8_groups=int8_groups,
+            rotation=rotation,
         )
     layout = GroupLayout(num_heads * D, group_size, outlier_channels)
     codes = attended.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
@@ -216,6 +228,8 @@ def launch(
         LARGEST=largest,
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=max(group_size, triton.next_power_of_2(layout.width)),
+        ROTATION=rotation,
+        OUTLIER_ROTATION=outlier_block(outlier_channels, rotation),
         HAS_ORDER=order is not None,
         RESULT=quantize_rows._TRITON_DTYPES[attended.dtype],
         OVERLAP=device_of(codes).overlaps,

@@ -36,6 +36,7 @@ def reference(
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """gate and up (*, K), `activation`: a key of ACTIVATIONS, order (K,) int32."""
     y = ACTIVATIONS[activation](gate)
@@ -43,7 +44,7 @@ def reference(
         y = y * up
     if order is not None:
         y = y.index_select(-1, order)
-    return quantize.reference(y, bits, group_size, outlier_channels, clip, int8_groups)
+    return quantize.reference(y, bits, group_size, outlier_channels, clip, int8_groups, rotation)
 
 
 def fake(
@@ -56,8 +57,9 @@ def fake(
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    return quantize.fake(gate, bits, group_size, outlier_channels, clip, int8_groups)
+    return quantize.fake(gate, bits, group_size, outlier_channels, clip, int8_groups, rotation)
 
 
 def launch(
@@ -70,6 +72,7 @@ def launch(
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return quantize_rows.launch(
         gate,
@@ -81,6 +84,7 @@ def launch(
         outlier_channels=outlier_channels,
         clip=clip,
         int8_groups=int8_groups,
+        rotation=rotation,
     )
 
 

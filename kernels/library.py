@@ -13,15 +13,23 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 def define(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any]
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any],
+    inlined: bool = True,
 ) -> torch._ops.OpOverload:
-    """Registers `atom::<schema>`. `custom_op` would do so too, but costs 30 us more per call."""
+    """Registers `atom::<schema>`. `custom_op` would do so too, but costs 30 us more per call.
+
+    inlined: on a CPU, whether Inductor compiles the reference or calls it as it is.
+    """
     _LIBRARY.define(schema)
     name = schema.partition("(")[0]
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"atom::{name}", fake, lib=_LIBRARY)
     operator: torch._ops.OpOverload = getattr(torch.ops.atom, name).default
-    if not operator._schema.is_mutable:  # Inductor calls those that write in place as they are
+    # Inductor calls those that write in place as they are
+    if inlined and not operator._schema.is_mutable:
         REFERENCES[operator] = reference
     return operator

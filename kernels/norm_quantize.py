@@ -51,12 +51,13 @@ def reference(
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """x (*, K), weight and bias (K,), order (K,) int32; `dtype`: what the norm would return."""
     y = norm(x, weight, bias, eps, center, round_normed, dtype)
     if order is not None:
         y = y.index_select(-1, order)
-    return quantize.reference(y, bits, group_size, outlier_channels, clip, int8_groups)
+    return quantize.reference(y, bits, group_size, outlier_channels, clip, int8_groups, rotation)
 
 
 def fake(
@@ -73,8 +74,9 @@ def fake(
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    return quantize.fake(x, bits, group_size, outlier_channels, clip, int8_groups)
+    return quantize.fake(x, bits, group_size, outlier_channels, clip, int8_groups, rotation)
 
 
 def launch(
@@ -91,6 +93,7 @@ def launch(
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     normed_dtype = x.dtype if round_normed else torch.float32
     product_dtype = (
@@ -107,6 +110,7 @@ def launch(
         outlier_channels=outlier_channels,
         clip=clip,
         int8_groups=int8_groups,
+        rotation=rotation,
     )
 
 

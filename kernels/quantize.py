@@ -5,7 +5,9 @@
 
 The last `outlier_channels` are INT8 with one scale per token and no clip. The last `int8_groups`
 groups before them are INT8 without clip too, each with its own scale. Source: Atom (arXiv
-2310.19102), section 4; for groups of two precisions COMET (arXiv 2410.12168), section 4.
+2310.19102), section 4; for groups of two precisions COMET (arXiv 2410.12168), section 4. With
+`rotation` the channels are turned first, so many at a time: see rotate.py; 0 leaves them as they
+are. Every operator that quantizes takes the same numbers.
 """
 
 from __future__ import annotations
@@ -16,12 +18,21 @@ from torch import Tensor
 from . import quantize_rows
 from .library import define
 from .packing import OUTLIER_BITS, GroupLayout, round_to_codes
+from .rotate import rotate
 
 
 def reference(
-    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float, int8_groups: int = 0
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+    int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """x (*, K), in order -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
+    if rotation:
+        x = rotate(x, group_size, outlier_channels, rotation)
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
     groups, outliers = layout.split(x)
     codes, scale = _round_groups(groups, bits, clip, int8_groups)
@@ -46,7 +57,13 @@ def _round_groups(
 
 
 def fake(
-    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float, int8_groups: int = 0
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+    int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
     codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
@@ -54,17 +71,16 @@ def fake(
 
 
 def launch(
-    x: Tensor, bits: int, group_size: int, outlier_channels: int, clip: float, int8_groups: int = 0
+    x: Tensor,
+    bits: int,
+    group_size: int,
+    outlier_channels: int,
+    clip: float,
+    int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    return quantize_rows.launch(
-        x,
-        None,
-        bits=bits,
-        group_size=group_size,
-        outlier_channels=outlier_channels,
-        clip=clip,
-        int8_groups=int8_groups,
-    )
+    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation
+    return reorder_launch(x, None, *numbers)
 
 
 def reorder_reference(
@@ -75,6 +91,7 @@ def reorder_reference(
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`quantize(reorder(x, order))` in one pass over memory."""
     return reference(
@@ -90,18 +107,20 @@ def reorder_fake(
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    return fake(x, bits, group_size, outlier_channels, clip)
+    return fake(x, bits, group_size, outlier_channels, clip, rotation)
 
 
 def reorder_launch(
     x: Tensor,
-    order: Tensor,
+    order: Tensor | None,
     bits: int,
     group_size: int,
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return quantize_rows.launch(
         x,
@@ -111,10 +130,13 @@ def reorder_launch(
         outlier_channels=outlier_channels,
         clip=clip,
         int8_groups=int8_groups,
+        rotation=rotation,
     )
 
 
-NUMBERS = "int bits, int group_size, int outlier_channels, float clip, int int8_groups=0"
+NUMBERS = (
+    "int bits, int group_size, int outlier_channels, float clip, int int8_groups=0, int rotation=0"
+)
 quantize = define(f"quantize(Tensor x, {NUMBERS}) -> (Tensor, Tensor)", reference, fake, launch)
 reorder_quantize = define(
     f"reorder_quantize(Tensor x, Tensor order, {NUMBERS}) -> (Tensor, Tensor)",

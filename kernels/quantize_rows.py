@@ -1,4 +1,4 @@
-"""The Triton kernel behind every quantize operator: norm or gated activation, reorder, codes out.
+"""The Triton kernel behind every quantize operator: norm or gate, reorder, rotation, codes out.
 
 One program takes one token. It reads the row as it lies in memory and puts it into channel order
 in shared memory: gathering from global memory would take one transaction a channel. Where nothing
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import OUTLIER_BITS, TINY, GroupLayout
+from .rotate import outlier_block, rotated
 
 
 class Norm(NamedTuple):
@@ -155,6 +156,8 @@ def quantize_rows_kernel(
     LARGEST: tl.constexpr,
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROTATION: tl.constexpr,
+    OUTLIER_ROTATION: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
     CENTER: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -201,6 +204,8 @@ def quantize_rows_kernel(
     if HAS_ORDER and WHOLE_ROW:
         y = tl.gather(y.to(RESULT), order, axis=0).to(tl.float32)
     y = tl.where(position < K - OUTLIERS, y, 0.0)
+    if ROTATION > 0:
+        y = rotated(y, BLOCK // ROTATION, ROTATION)
     group = piece * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
     codes, scale = _quantize_groups(
         tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)),
@@ -221,6 +226,8 @@ def quantize_rows_kernel(
                 x_row, up_row, weight_ptr, bias_ptr, outlier, live_lane, mean, rstd,
                 ACTIVATION, HAS_UP, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
             )  # fmt: skip
+            if ROTATION > 0:
+                outliers = rotated(outliers, OUTLIER_BLOCK // OUTLIER_ROTATION, OUTLIER_ROTATION)
             outlier_codes, outlier_scale = _quantize(
                 outliers, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0
             )
@@ -248,6 +255,7 @@ def launch(
     outlier_channels: int,
     clip: float,
     int8_groups: int = 0,
+    rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """x and `up` (*, K) -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
     layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
@@ -288,6 +296,8 @@ def launch(
         LARGEST=largest,
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=block,
+        ROTATION=rotation,
+        OUTLIER_ROTATION=outlier_block(outlier_channels, rotation),
         WHOLE_ROW=whole_row,
         CENTER=norm is not None and norm.center,
         ACTIVATION=activation,

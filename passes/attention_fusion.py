@@ -9,7 +9,8 @@ from torch.fx import GraphModule, Node
 
 from ..kernels.attention import attention
 from ..kernels.kv_cache import kv_read
-from .attentions import FoundAttention, find_attentions
+from ..kernels.rotate import rotate
+from .attentions import FoundAttention, find_attentions, read_of
 from .graphs import call, erase_unused, is_call, module_path, mutates, value
 from .masks import joined, match_mask
 from .record import Record
@@ -21,6 +22,9 @@ def fuse_attention(gm: GraphModule, record: Record) -> GraphModule:
     key = atom.kv_read(key_codes, ...)             out = atom.attention(query, key_codes, ...,
     value = atom.kv_read(value_codes, ...)    ->                        position, padding, ...)
     out = softmax(query @ key^T + mask) @ value
+
+    Where keys and values are turned back after they were read, the queries are turned instead, and
+    what attention gives is turned back: some tokens, not the whole cache.
     """
     for found in find_attentions(gm.graph):
         reason = _reason_to_leave(found)
@@ -34,9 +38,11 @@ def fuse_attention(gm: GraphModule, record: Record) -> GraphModule:
 
 
 def _reason_to_leave(found: FoundAttention) -> str | None:
-    key, values = found.key, found.value
+    (key, key_turned), (values, values_turned) = read_of(found.key), read_of(found.value)
     if not (is_call(key, kv_read) and is_call(values, kv_read)):
         return f"{found.cache}: left to PyTorch"
+    if (key_turned is None) != (values_turned is None):
+        return "of keys and values, only one is rotated: left to PyTorch"
     if key.args[4:] != values.args[4:]:
         return "keys and values are read at different lengths: left to PyTorch"
     if found.is_causal:
@@ -59,31 +65,46 @@ def _between(first: Node, last: Node) -> Iterator[Node]:
 
 
 def _fuse(found: FoundAttention, record: Record) -> None:
-    key_codes, key_scale, key_recent, rope, length, *_, bits, _ = found.key.args
-    value_codes, value_scale, value_recent, *_ = found.value.args
+    (key, turned), (values, _) = read_of(found.key), read_of(found.value)
+    key_codes, key_scale, key_recent, rope, length, *_, bits, _ = key.args
+    value_codes, value_scale, value_recent, *_ = values.args
     graph = found.node.graph
     with graph.inserting_before(found.node):
         visible = found.mask
         if found.hidden is not None:
             visible = call(graph, torch.logical_not, (found.hidden,), found.node)
         mask = match_mask(visible)
+        query = found.query if turned is None else _turned(found.query, found.query, turned)
         fused = call(
             graph,
             attention,
             (
-                found.query,
+                query,
                 *(key_codes, key_scale, value_codes, value_scale, key_recent, value_recent),
                 *(rope, length, mask.position, joined(mask.rest, found.node)),
                 *(bits, mask.window, found.scale, found.softcap),
             ),
             like=found.node,
         )
+        out = fused if turned is None else _turned(fused, found.node, turned, inverse=True)
     fused.meta["atom_attention"] = found
     if visible is not None:
         erase_unused(visible)
-    found.node.replace_all_uses_with(fused)
+    found.node.replace_all_uses_with(out)
     erase_unused(found.node)
     seen = ["causal"] if mask.position is not None else []
     seen += [f"the last {mask.window} tokens"] if mask.window else []
     seen += ["a mask"] if mask.rest else []
     record.remark([found.name], f"reads kv{bits} codes; visible: {', '.join(seen) or 'all'}")
+    if turned is not None:
+        record.remark([found.name], "queries and results are rotated, by operators of their own")
+
+
+def _turned(x: Node, like: Node, rotation: Node, inverse: bool = False) -> Node:
+    """x through `rotation`, a rotate, forwards or back, in its own dtype."""
+    _, *blocks, _ = rotation.args
+    turned = call(x.graph, rotate, (x, *blocks, inverse), like)
+    dtype = value(x).dtype
+    if value(turned).dtype == dtype:
+        return turned
+    return call(x.graph, torch.Tensor.to, (turned, dtype), like)

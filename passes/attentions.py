@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from ..kernels.kv_cache import kv_read
+from ..kernels.rotate import rotate
 from .graphs import argument, is_call, is_tensor, module_path, number, swapped_dims, value
 from .masks import NOT
 
@@ -57,9 +58,18 @@ class FoundAttention:
         return int(query.shape[1]), int(key.shape[1]), int(query.shape[3])
 
 
+def read_of(operand: Node) -> tuple[Node, Node | None]:
+    """What keys or values were read by, and the rotation that turned them back after it, if any."""
+    turned = _strip_casts(operand)
+    if is_call(turned, rotate) and is_call(turned.args[0], kv_read) and turned.args[-1] is True:
+        return turned.args[0], turned
+    return operand, None
+
+
 def _cache(key: Node) -> str:
-    if is_call(key, kv_read):
-        return f"kv{key.args[-2]}"
+    read, turned = read_of(key)
+    if is_call(read, kv_read):
+        return f"kv{read.args[-2]}" + (", rotated" if turned else "")
     if is_call(key, torch.cat):
         return "a cache that grows, in its own precision"
     if key.op == "placeholder":
@@ -76,6 +86,7 @@ def _bytes_per_token(*reads: Node) -> float:
 
 def _storage(read: Node) -> list[Node]:
     """Where keys or values lie in memory."""
+    read, _ = read_of(read)
     if is_call(read, kv_read):
         return [one for one in read.args[:2] if isinstance(one, Node)]
     return [read]

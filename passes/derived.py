@@ -1,8 +1,9 @@
 """What a rewritten graph reads instead of its weights: tensors derived from them at each call.
 
 A compiled graph serves every layer of the same shapes, so nothing computed from one layer's weights
-may be part of it. Passes therefore only *describe* packed weights and channel orders, in terms of
-the graph's weight placeholders; the backend computes them from the tensors that each call brings.
+may be part of it. Passes therefore only *describe* packed weights and the transforms of what they
+are multiplied with, in terms of the graph's weight placeholders; the backend computes them from the
+tensors that each call brings.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..kernels.packing import GroupLayout, PackedWeight, pack_weight, select_rows
+from ..kernels.rotate import rotate
 
 
 class ChoiceLike(Protocol):
@@ -81,10 +83,15 @@ class ChannelOrder:
     With a recipe, the magnitude is calibration's. Without one it is what the weights tell: a
     channel that a trained model reads through small weights is, as a rule, a large one (measured:
     as good as the norm's own weight).
+
+    dealt: the outliers stay last, and the others are dealt out over this layout's groups, so that
+        each holds as many large ones as any other. What is rotated within a group wants that: no
+        group then needs a much larger scale than its neighbours, and none wastes its small one.
     """
 
     weights: tuple[WeightRef, ...]
     recipe: RecipeLike | None
+    dealt: GroupLayout | None = None
 
     @property
     def sources(self) -> tuple[Node, ...]:
@@ -93,18 +100,78 @@ class ChannelOrder:
     def signature(self) -> Hashable:
         names = tuple(weight.name for weight in self.weights) if self.recipe else None
         transposed = tuple(weight.transposed for weight in self.weights)
-        return "order", names, transposed, self.recipe
+        return "order", names, transposed, self.recipe, self.dealt
 
     def compute(self, tensors: Mapping[Node, Tensor]) -> tuple[Tensor | None, ...]:
         return (self.indices(tensors).to(torch.int32),)
 
     def indices(self, tensors: Mapping[Node, Tensor]) -> Tensor:
         """(K,) int64."""
+        ascending = self._ascending(tensors)
+        return ascending if self.dealt is None else _dealt(ascending, self.dealt)
+
+    def _ascending(self, tensors: Mapping[Node, Tensor]) -> Tensor:
         first = self.weights[0]
         if self.recipe is not None:
             return self.recipe.order(tensors[first.node], first.name).to(tensors[first.node].device)
         columns = [weight.read(tensors).float().square().sum(0) for weight in self.weights]
         return torch.stack(columns).sum(0).argsort(descending=True, stable=True)
+
+
+def _dealt(ascending: Tensor, layout: GroupLayout) -> Tensor:
+    """Deals the channels before the outliers to the groups, there and back as cards in a draft."""
+    grouped = layout.width - layout.outlier_channels
+    place = torch.arange(grouped, device=ascending.device)
+    group, rank = place // layout.group_size, place % layout.group_size
+    in_group = (grouped - group * layout.group_size).clamp(max=layout.group_size)
+    # a ragged last group takes its share from all along the order
+    turn = (2 * rank + 1).double() / (2 * in_group)
+    back = torch.where(rank % 2 == 0, group, -group)
+    by_seat = back.argsort(stable=True)
+    places = by_seat[turn[by_seat].argsort(stable=True)]
+    order = ascending.clone()
+    order[places] = ascending[:grouped]
+    return order
+
+
+@dataclass(frozen=True, eq=False)
+class InputTransform:
+    """What a linear's input goes through before it is quantized, and its weight's columns too.
+
+    x -> rotate(x[order])      weight (N, K) -> rotate(weight[:, order])
+
+    A reorder, a rotation in blocks, or both: orthogonal either way, so that the product stays what
+    it was, and the inverse that belongs into the weight is the transform of its columns.
+
+    cut: of the K channels in order. rotation: channels per block, 0 for none (see rotate.py).
+    """
+
+    order: ChannelOrder
+    cut: GroupLayout
+    rotation: int = 0
+
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        return self.order.sources
+
+    @property
+    def layout(self) -> GroupLayout:
+        """The cut of the transformed channels: a turned group has no padding, all of it is used."""
+        width = self.cut.padded_width if self.rotation else self.cut.width
+        return GroupLayout(width, self.cut.group_size, self.cut.outlier_channels)
+
+    def signature(self) -> Hashable:
+        return self.order.signature(), self.cut, self.rotation
+
+    def apply(self, rows: Tensor, tensors: Mapping[Node, Tensor]) -> Tensor:
+        """Activations or a weight (*, K) -> (*, layout.width), float32 if there is a rotation."""
+        ordered = rows[..., self.order.indices(tensors)]
+        if not self.rotation:
+            return ordered
+        turned: Tensor = rotate(
+            ordered, self.cut.group_size, self.cut.outlier_channels, self.rotation
+        )
+        return turned
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,15 +194,19 @@ class PackedLinear:
     """Packed weight (four tensors, see packing.py) and bias of the linears in one product."""
 
     parts: tuple[LinearPart, ...]
-    column_order: ChannelOrder
-    layout: GroupLayout
+    transform: InputTransform
     bits: int
     clip: float
 
     @property
     def sources(self) -> tuple[Node, ...]:
         parts = (node for part in self.parts for node in part.sources)
-        return (*parts, *self.column_order.sources)
+        return (*parts, *self.transform.sources)
+
+    @property
+    def layout(self) -> GroupLayout:
+        """The cut of the packed columns."""
+        return self.transform.layout
 
     @property
     def has_bias(self) -> bool:
@@ -154,10 +225,9 @@ class PackedLinear:
             )
             for part in self.parts
         )
-        return "linear", parts, self.column_order.signature(), self.layout, self.bits, self.clip
+        return "linear", parts, self.transform.signature(), self.bits, self.clip
 
     def compute(self, tensors: Mapping[Node, Tensor]) -> tuple[Tensor | None, ...]:
-        columns = self.column_order.indices(tensors)
         packed, biases = [], []
         for part in self.parts:
             weight = part.weight.read(tensors)
@@ -168,7 +238,7 @@ class PackedLinear:
             )
             # one linear at a time, so that no more than one is ever held in float32
             one = self._rounded(part.weight, tensors) or pack_weight(
-                weight[:, columns], self.layout, self.bits, self.clip
+                self.transform.apply(weight, tensors), self.layout, self.bits, self.clip
             )
             if part.row_order is not None:
                 rows = part.row_order.indices(tensors)
@@ -186,11 +256,11 @@ class PackedLinear:
 
     def _rounded(self, weight: WeightRef, tensors: Mapping[Node, Tensor]) -> PackedWeight | None:
         """What calibration made of this very weight, in this layout."""
-        recipe = self.column_order.recipe
+        recipe = self.transform.order.recipe
         if recipe is None:
             return None
         tensor = tensors[weight.node]
-        return recipe.rounded_weight(tensor, weight.name, weight.transposed, self.layout)
+        return recipe.rounded_weight(tensor, weight.name, weight.transposed, self.transform.layout)
 
 
 @dataclass(frozen=True, eq=False)

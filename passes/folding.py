@@ -38,6 +38,9 @@ def fold_reorders(gm: GraphModule, record: Record) -> GraphModule:
 
     gate, up = atom.linear(x, [Wg; Wu])            gate, up = atom.linear(x, [Wg[order]; Wu[order]])
     y = reorder(silu(gate) * up, order)      ->    y = silu(gate) * up
+
+    A rotation commutes with no activation, so one that follows the reorder stays where it is: the
+    quantize after it takes it in.
     """
     for node in list(gm.graph.nodes):
         if is_call(node, reorder):

@@ -1,4 +1,4 @@
-"""Turns every planned linear into the three plain operators."""
+"""Turns every planned linear into the plain operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..kernels.linear import linear
 from ..kernels.packing import GroupLayout
 from ..kernels.quantize import quantize
 from ..kernels.reorder import reorder
-from .derived import ChannelOrder, LinearPart, PackedLinear, WeightRef
+from ..kernels.rotate import rotate
+from .derived import ChannelOrder, InputTransform, LinearPart, PackedLinear, WeightRef
 from .graphs import call, fake_mode, placeholder, value
 from .plan import PlannedLinear
 
@@ -28,36 +29,35 @@ def insert_quantization(
 
     y = linear(x, weight, bias)
       ->  r = atom.reorder(x, order)
+          r = atom.rotate(r, ...)                   if the scheme has a rotation
           codes, scale = atom.quantize(r, ...)
           y = atom.linear(codes, scale, *packed_weight, bias, None, dtype)
     """
     replaced: dict[Node, Node] = {}  # a linear may read another one directly
     for plan in planned:
-        if plan.order is not None:
+        if plan.transform is not None:
             x = replaced.get(plan.found.x, plan.found.x)
-            replaced[plan.found.node] = _insert(gm.graph, plan, x, plan.order, scheme)
+            replaced[plan.found.node] = _insert(gm.graph, plan, x, plan.transform, scheme)
     return gm
 
 
 def _insert(
-    graph: Graph, plan: PlannedLinear, x: Node, order: ChannelOrder, scheme: Scheme
+    graph: Graph, plan: PlannedLinear, x: Node, transform: InputTransform, scheme: Scheme
 ) -> Node:
     found = plan.found
     weight = WeightRef(found.weight, found.name, found.transposed)
     part = LinearPart(weight, found.bias, found.out_features)
-    packed = PackedLinear((part,), order, plan.layout, scheme.weight_bits, scheme.weight_clip)
-    order_node = order_placeholder(graph, order)
+    packed = PackedLinear((part,), transform, scheme.weight_bits, scheme.weight_clip)
+    order_node = order_placeholder(graph, transform.order)
     weight_nodes = weight_placeholders(graph, packed)
     with graph.inserting_before(found.node):
-        reordered = call(graph, reorder, (x, order_node), like=found.node)
-        numbers = (
-            scheme.activation_bits,
-            scheme.group_size,
-            plan.layout.outlier_channels,
-            plan.activation_clip,
-            plan.int8_groups,
-        )
-        codes, scale = quantized_pair(graph, quantize, (reordered, *numbers), like=found.node)
+        transformed = call(graph, reorder, (x, order_node), like=found.node)
+        cut = (transform.cut.group_size, transform.cut.outlier_channels)
+        if transform.rotation:
+            turning = (transformed, *cut, transform.rotation)
+            transformed = call(graph, rotate, turning, like=found.node)
+        numbers = (scheme.activation_bits, *cut, plan.activation_clip, plan.int8_groups)
+        codes, scale = quantized_pair(graph, quantize, (transformed, *numbers), like=found.node)
         dtype = value(found.node).dtype
         product = call(graph, linear, (codes, scale, *weight_nodes, None, dtype), like=found.node)
     found.node.replace_all_uses_with(product)

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from ..kernels.packing import GroupLayout
-from .derived import ChannelOrder, ChoiceLike, RecipeLike, WeightRef
+from .derived import ChannelOrder, ChoiceLike, InputTransform, RecipeLike, WeightRef
 from .graphs import value
 from .linears import FoundLinear, is_weight
 
@@ -24,15 +24,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class PlannedLinear:
-    """A `layout` and the `order` of all linears of its input, or a `reason` to leave it alone.
+    """The `transform` of its input, one for all that read it, or a `reason` to leave it alone.
 
     The last `int8_groups` groups of the activation are INT8, the others are clipped. `error` is
     what calibration measured of the output: noise over signal.
     """
 
     found: FoundLinear
-    layout: GroupLayout
-    order: ChannelOrder | None
+    transform: InputTransform | None
     activation_clip: float = 1.0
     int8_groups: int = 0
     reason: str | None = None
@@ -55,19 +54,18 @@ def plan_linears(
     for linear in found:
         if reasons[linear] is None:
             readers[linear.x].append(linear)
-    orders = {x: _order(linears, recipe) for x, linears in readers.items()}
+    transforms = {x: _transform(linears, scheme, recipe) for x, linears in readers.items()}
     planned = []
     for linear in found:
         layout = scheme.layout(linear.in_features)
         reason = reasons[linear]
-        order = orders[linear.x] if reason is None else None
+        transform = transforms[linear.x] if reason is None else None
         chosen = choices[linear] is not None
         choice = _choice(linear, recipe)
         planned.append(
             PlannedLinear(
                 linear,
-                layout,
-                order,
+                transform,
                 scheme.activation_clip if choice is None else choice.activation_clip,
                 scheme.int8_groups(layout) if choice is None else choice.int8_groups,
                 reason,
@@ -118,9 +116,14 @@ def _reason_to_leave(linear: FoundLinear, scheme: Scheme) -> str | None:
     return None
 
 
-def _order(linears: Sequence[FoundLinear], recipe: RecipeLike | None) -> ChannelOrder:
+def _transform(
+    linears: Sequence[FoundLinear], scheme: Scheme, recipe: RecipeLike | None
+) -> InputTransform:
     weights = tuple(WeightRef(linear.weight, linear.name, linear.transposed) for linear in linears)
-    return ChannelOrder(weights, recipe)
+    layout = scheme.layout(linears[0].in_features)
+    if not scheme.rotation:
+        return InputTransform(ChannelOrder(weights, recipe), layout)
+    return InputTransform(ChannelOrder(weights, recipe, layout), layout, scheme.rotation)
 
 
 def _note(layout: GroupLayout, scheme: Scheme, choice: ChoiceLike | None) -> str | None:

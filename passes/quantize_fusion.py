@@ -1,4 +1,4 @@
-"""What produces an activation joins its quantize: norm, gate, attention, or a reorder alone."""
+"""What produces an activation joins its quantize: norm, gate, attention, reorder, rotation."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..kernels.gated_quantize import gated_quantize
 from ..kernels.norm_quantize import norm_quantize
 from ..kernels.quantize import quantize, reorder_quantize
 from ..kernels.reorder import reorder
+from ..kernels.rotate import rotate
 from .derived import PackedLinear
 from .gates import match_gate
 from .graphs import erase_unused, is_call, swapped_dims, value
@@ -29,6 +30,8 @@ def fuse_quantize(gm: GraphModule, record: Record) -> GraphModule:
     quantize([reorder](act(gate) * up))       ->  atom.gated_quantize(gate, up, order, ...)
     quantize([reorder](atom.attention(...)))  ->  atom.attention_quantize(..., order, ...)
     quantize(reorder(x, order))               ->  atom.reorder_quantize(x, order, ...)
+
+    A rotate between them becomes the last number of any of these, or of quantize itself.
     """
     for node in list(gm.graph.nodes):
         if is_call(node, quantize):
@@ -37,15 +40,19 @@ def fuse_quantize(gm: GraphModule, record: Record) -> GraphModule:
 
 
 def _fuse(node: Node, record: Record) -> None:
+    y: Any
     y, *numbers = node.args
-    assert isinstance(y, Node)
-    order = None
-    reordered = is_call(y, reorder) and set(y.users) == {node}
-    if reordered:
+    order, reader = None, node
+    if is_call(y, rotate) and set(y.users) == {reader}:
+        reader = y
+        y, *_, block = y.args
+        numbers.append(block)
+    if is_call(y, reorder) and set(y.users) == {reader}:
+        reader = y
         y, order = y.args
     graph = node.graph
     # what others read must be computed anyway, and a norm or activation computed twice is no gain
-    alone = set(y.users) == {node.args[0] if reordered else node}
+    alone = set(y.users) == {reader}
     norm = match_norm(y) if alone else None
     gate = match_gate(y) if alone else None
     attended = _match_attention(y) if alone else None
@@ -68,6 +75,9 @@ def _fuse(node: Node, record: Record) -> None:
         elif order is not None:
             target, name = reorder_quantize, "reorder"
             pair = quantized_pair(graph, target, (y, order, *numbers), like=node)
+        elif reader is not node:
+            target, name = quantize, "rotation"
+            pair = quantized_pair(graph, target, (y, *numbers), like=node)
         else:
             return
     quantized = node.args[0]

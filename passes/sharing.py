@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..kernels.linear import linear
 from ..kernels.quantize import quantize
 from ..kernels.reorder import reorder
+from ..kernels.rotate import rotate
 from .derived import PackedLinear
 from .graphs import call, is_call, value
 from .insertion import weight_placeholders
@@ -21,10 +22,10 @@ from .record import Record
 def share_inputs(gm: GraphModule, record: Record) -> GraphModule:
     """Needs insertion. Inductor does not deduplicate custom operators, so this does.
 
-    q = atom.linear(*quantize(reorder(x)), Wq)
-    k = atom.linear(*quantize(reorder(x)), Wk)
-    v = atom.linear(*quantize(reorder(x)), Wv)
-      ->  c = quantize(reorder(x))
+    q = atom.linear(*quantize(transform(x)), Wq)       transform: reorder, and rotate if asked for
+    k = atom.linear(*quantize(transform(x)), Wk)
+    v = atom.linear(*quantize(transform(x)), Wv)
+      ->  c = quantize(transform(x))
           qkv = atom.linear(*c, [Wq; Wk; Wv])
           q, k, v = qkv[..., :a], qkv[..., a:b], qkv[..., b:]
     """
@@ -43,7 +44,7 @@ def _deduplicate(graph: Graph) -> None:
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
         quantized = is_call(node, operator.getitem) and is_call(node.args[0], quantize)
-        if not quantized and not is_call(node, reorder, quantize):
+        if not quantized and not is_call(node, reorder, rotate, quantize):
             continue
         first = seen.setdefault((node.target, node.args), node)
         if first is not node:
@@ -62,9 +63,7 @@ def _merge(graph: Graph, nodes: list[Node], record: Record) -> None:
         record.remark(names, f"not merged into one product: {refused}")
         return
     parts = tuple(part for one in packed for part in one.parts)
-    merged = PackedLinear(
-        parts, packed[0].column_order, packed[0].layout, packed[0].bits, packed[0].clip
-    )
+    merged = PackedLinear(parts, packed[0].transform, packed[0].bits, packed[0].clip)
     codes, scale, *_, residual, dtype = nodes[0].args
     weight_nodes = weight_placeholders(graph, merged)
     with graph.inserting_before(nodes[0]):

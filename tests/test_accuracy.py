@@ -75,7 +75,8 @@ def measured(model: Any, validation: list[Tensor], cache: Any = None, **options:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "plain", "outliers"), [("w4a4", 1.058, 1.070), ("w4a8", 1.010, 1.015)]
+    ("scheme", "plain", "outliers"),
+    [("w4a4", 1.058, 1.070), ("w4a8", 1.010, 1.015), ("w4a4-rotated", 1.032, 1.032)],
 )
 def test_perplexity(
     scheme: str,
@@ -112,12 +113,13 @@ def test_kv_cache(
         scheme: measured(
             model, validation, KVCache(model.config, BATCH, LENGTH, scheme), recipe=recipe
         )
-        for scheme in ("kv16", "kv8", "kv4")
+        for scheme in ("kv16", "kv8", "kv4", "kv4-rotated")
     }
     ratios = {scheme: one / got["kv16"] for scheme, one in got.items()}
     print(ratios)
     # any noise as small as that of 8 bits moves this figure by up to 0.3 %, either way
     assert 0.995 < ratios["kv8"] <= 1.004 and 1.0 < ratios["kv4"] <= 1.045
+    assert 1.0 < ratios["kv4-rotated"] <= min(1.025, ratios["kv4"])
 
 
 def test_greedy_text_with_a_16_bit_cache() -> None:

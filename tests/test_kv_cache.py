@@ -142,7 +142,7 @@ def test_bytes() -> None:
     assert sliding.nbytes == sliding.bytes_per_token * 2 * 8  # the window's tokens and no more
 
 
-PRESETS = ("kv4", "kv8", "kv16")
+PRESETS = ("kv4", "kv4-rotated", "kv8", "kv16")
 
 
 def test_what_it_refuses() -> None:

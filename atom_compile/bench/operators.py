@@ -49,11 +49,12 @@ def operator_cases(setting: Setting) -> Iterator[Case]:
                 yield from cases(setting, M)
 
 
-def _quantize_numbers(setting: Setting, width: int) -> tuple[int, int, int, float, int]:
+def _quantize_numbers(setting: Setting, width: int) -> tuple[int, int, int, float, int, int]:
     """The last arguments of every quantize operator."""
     scheme, layout = setting.scheme, setting.scheme.layout(width)
     bits, clip = scheme.activation_bits, scheme.activation_clip
-    return bits, layout.group_size, layout.outlier_channels, clip, scheme.int8_groups(layout)
+    eights, rotation = scheme.int8_groups(layout), scheme.rotation or 0
+    return bits, layout.group_size, layout.outlier_channels, clip, eights, rotation
 
 
 def _linear_cases(setting: Setting, op: str, N: int, K: int) -> Iterator[Case]:

@@ -30,6 +30,7 @@ from atom_compile.kernels import (
     packing,
     quantize,
     rope_append,
+    rotate,
 )
 from atom_compile.kernels import quantize_rows as rows
 from atom_compile.kernels.attention_tiles import Device
@@ -101,6 +102,11 @@ def main(capability: int) -> None:
         order = torch.randperm(K).to(torch.int32)
         weight = torch.ones(K, dtype=torch.bfloat16)
         numbers = (4, 128, 128, 0.9)
+        patch.setattr(rotate, "rotate_kernel", Compiled(rotate.rotate_kernel, capability))
+        rotate.launch(x, 128, 128, 128)
+        rotate.launch(x[:, :80], 80, 0, 16, True)
+        norm_quantize.launch(x, weight, None, order, 1e-6, False, True, x.dtype, *numbers, 128)
+        gated_quantize.launch(x, x, None, "silu", *numbers, 64)
         quantize.launch(x, *numbers)
         gated_quantize.launch(x, x, order, "silu", *numbers)
         norm_quantize.launch(x, weight, None, order, 1e-6, False, True, x.dtype, *numbers)
@@ -157,6 +163,7 @@ def compile_attention(D: int, bits: int, groups: int, tokens: int, plain: bool) 
     if bits == 8:
         order = torch.zeros(8 * D, dtype=torch.int32)
         attention_quantize.launch(*arguments, order, 4, 128, 128, 0.9)
+        attention_quantize.launch(*arguments, order, 4, 128, 128, 0.9, 128)
     else:
         attention.launch(*arguments)
 
