@@ -86,7 +86,7 @@ def test_one_large_channel_or_a_common_mean_lands_in_many() -> None:
 @pytest.mark.parametrize("channel", [0, 343])
 def test_a_poisoned_token_poisons_one_group_of_its_own(poison: float, channel: int) -> None:
     x = torch.randn(3, 344)
-    numbers = (4, 128, 16, 0.9, 128)
+    numbers = (4, 128, 16, 0.9, 0, 128)
     clean_codes, clean_scale = quantize.reference(x, *numbers)
     x[1, channel] = poison
     codes, scale = quantize.launch(x.to(kernel_device()), *numbers)
@@ -112,9 +112,9 @@ def test_fused_with_quantize_and_gate(
         return quantize.reference(rotate.reference(y, *numbers[1:3], block), *numbers)
 
     with poisoned_memory():
-        got = quantize.reorder_launch(on_device, order_on_device, *numbers, block)
+        got = quantize.reorder_launch(on_device, order_on_device, *numbers, 0, block)
         gated = gated_quantize.launch(
-            on_device, on_device, order_on_device, "relu", *numbers, block
+            on_device, on_device, order_on_device, "relu", *numbers, 0, block
         )
     assert_quantized_alike(got, in_steps(x))
     assert_quantized_alike(gated, in_steps(torch.relu(x) * x))
@@ -130,7 +130,7 @@ def test_fused_with_norm(
     x = torch.randint(-8, 9, (3, layout.width)).to(dtype)
     weight = torch.randn(layout.width, dtype=dtype)
     order = random_order(layout.width) if ordered else None
-    numbers = (4, layout.group_size, layout.outlier_channels, 0.8, block)
+    numbers = (4, layout.group_size, layout.outlier_channels, 0.8, 0, block)
     shape = (1e-5, False, True, dtype, *numbers)
     device = kernel_device()
     with poisoned_memory():
@@ -151,7 +151,7 @@ def test_fused_with_attention(splits: int | None, ordered: bool) -> None:
     device = kernel_device()
     order = random_order(256).to(device) if ordered else None
     tiling = None if splits is None else DecodeTiling(16, splits, 1, 1)
-    numbers = (4, 64, 16, 0.8, 32)
+    numbers = (4, 64, 16, 0.8, 0, 32)
     with poisoned_memory():
         got = attention_quantize.launch(*moved(args, device), order, *numbers, tiling=tiling)
     attended = attention.launch(*moved(args, device), tiling=tiling).transpose(1, 2).flatten(2)
@@ -164,7 +164,7 @@ def test_operators_pass_opcheck() -> None:
     x, order = torch.randn(2, 3, 400)[..., 8:352], random_order(344)
     torch.library.opcheck(torch.ops.atom.rotate.default, (x, 128, 16, 64))
     torch.library.opcheck(torch.ops.atom.rotate.default, (x, 344, 0, 8, True))
-    numbers = (4, 128, 16, 0.9, 128)
+    numbers = (4, 128, 16, 0.9, 0, 128)
     torch.library.opcheck(torch.ops.atom.reorder_quantize.default, (x, order, *numbers))
     torch.library.opcheck(torch.ops.atom.gated_quantize.default, (x, x, None, "silu", *numbers))
     attending = (*arguments([9, 40], 2, (4, 2)), None, 4, 64, 16, 0.9, 64)
@@ -176,7 +176,7 @@ def test_operators_pass_opcheck() -> None:
 @pytest.mark.parametrize("width", [4096, 5120, 14336])
 def test_kernel_on_real_shapes(tokens: int, width: int) -> None:
     x = torch.randn(tokens, width, dtype=torch.bfloat16)
-    order, numbers = random_order(width), (4, 128, 128, 0.8, 128)
+    order, numbers = random_order(width), (4, 128, 128, 0.8, 0, 128)
     with poisoned_memory():
         turned = rotate.launch(x.cuda(), 128, 128, 128)
         got = quantize.reorder_launch(x.cuda(), order.cuda(), *numbers)
