@@ -163,7 +163,7 @@ def compile_attention(D: int, bits: int, groups: int, tokens: int, plain: bool) 
     if bits == 8:
         order = torch.zeros(8 * D, dtype=torch.int32)
         attention_quantize.launch(*arguments, order, 4, 128, 128, 0.9)
-        attention_quantize.launch(*arguments, order, 4, 128, 128, 0.9, 128)
+        attention_quantize.launch(*arguments, order, 4, 128, 128, 0.9, 0, 128)
     else:
         attention.launch(*arguments)
 
