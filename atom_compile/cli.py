@@ -1,4 +1,4 @@
-"""`atom-compile explain | bench | calibrate | tune`."""
+"""`atom-compile explain | bench | calibrate | eval | tune`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from .bench.model_result import ModelResult
 from .bench.overhead import OverheadResult
 from .bench.shapes import find_device
 from .calibrate import calibrate as calibrate_model
+from .comparison import Tasks, compare
+from .comparison import Text as EvaluatedText
 from .errors import AtomError, OptionError
-from .evaluate import text_windows
+from .evaluate import read_dataset, read_text, text_windows
 from .explain import diff as diff_reports
 from .explain import explain as explain_model
 from .kernels import tuning as kernel_tuning
 from .kv_cache import KVCache
+from .scheme import Scheme
 
 P = ParamSpec("P")
 
@@ -218,6 +221,146 @@ def calibrate(
             f", {len(recipe.rounded)} rounded, {recipe.lifted} with more than the scheme's bits"
         )
     _console().print(f"wrote {out}: {found}", soft_wrap=True)
+
+
+@app.command(name="eval")
+@_reports_errors
+def evaluate(
+    model_dir: ModelDir,
+    text: Annotated[
+        Path | None, typer.Option(help="Perplexity on this text file, all of it.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Perplexity on a text of the package datasets: wikitext2, wikitext103, lambada, "
+            "or repository:configuration:split."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Zero-shot tasks of the package lm-eval: arc_easy,hellaswag."),
+    ] = None,
+    task_dir: Annotated[
+        Path | None, typer.Option(help="A folder with tasks of your own, as .yaml files.")
+    ] = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="w4a4, w4a4-rotated, w4ax, w4a8: one, several separated by commas, or the option "
+            "again; by default the recipe's own, or w4a4."
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A recipe that `atom-compile calibrate` wrote.")
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Keys and values of the quantized models through a cache: kv4, kv4-rotated, kv8 "
+            "or kv16."
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that the model sees at a time; by default what it can, at most 2048."
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="How far the window moves. Each token is predicted once, with at least window - "
+            "stride tokens before it; by default the window, the fastest."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="At most so many windows, spread evenly over the text, and documents of a task.",
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="How many windows or documents to run at a time.")
+    ] = 1,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers/--no-layers",
+            help="With a text: the signal-to-noise ratio of every linear's output.",
+        ),
+    ] = True,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the rewritten graphs, or run their operators one by one; by default "
+            "compiled on a GPU alone.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A folder for the tables (.txt), the numbers (.json), the plot (.png)."),
+    ] = None,
+) -> None:
+    """Measure what INT4 costs a model: perplexity, tasks, noise of each linear, beside 16 bits."""
+    names = _parse_names(tasks)
+    _check_evaluation(text, dataset, names, task_dir)
+    schemes: list[str | None] = [one for given in scheme or [] for one in _parse_names(given)]
+    for name in schemes:
+        Scheme.preset(str(name))
+    if not schemes:
+        schemes = [None if recipe else "w4a4"]
+    _require_model(model_dir)
+    content = read_text(text) if text else read_dataset(dataset) if dataset else None
+    model = _load_model(model_dir)
+    tokenizer = _load_tokenizer(model_dir)
+    evaluated = None
+    if content is not None:
+        evaluated = EvaluatedText.of(
+            content,
+            tokenizer,
+            model.config,
+            source=text.name if text else str(dataset),
+            window=window,
+            stride=stride,
+            limit=limit,
+        )
+    result = compare(
+        model,
+        tokenizer,
+        schemes,
+        recipe=recipe,
+        kv_cache=kv_cache,
+        text=evaluated,
+        tasks=Tasks(names, task_dir, limit) if names else None,
+        layers=layers,
+        batch=batch,
+        compiled=compiled,
+        name=model_dir.resolve().name,
+        progress=not as_json,
+    )
+    if as_json:
+        print(result.to_json())
+    else:
+        result.print(Console())
+    for path in result.save(out) if out is not None else ():
+        _say_written(path)
+
+
+def _check_evaluation(
+    text: Path | None, dataset: str | None, tasks: list[str], task_dir: Path | None
+) -> None:
+    if text is None and dataset is None and not tasks:
+        raise OptionError(
+            "eval takes --text FILE or --dataset NAME, or --tasks NAMES, or a text and tasks"
+        )
+    if text is not None and dataset is not None:
+        raise OptionError("eval takes --text or --dataset, not both: run it twice")
+    if task_dir is not None and not tasks:
+        raise OptionError("--task-dir goes with --tasks: name the tasks to run")
 
 
 @app.command()
@@ -446,12 +589,15 @@ def _require_model(folder: Path) -> None:
 
 
 def _read_windows(folder: Path, text: Path, windows: int, length: int) -> Tensor:
-    from transformers import AutoTokenizer
-
     if not text.is_file():
         raise AtomError(f"{text} is no file; give the text to calibrate on")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return text_windows(tokenizer, text.read_text(encoding="utf-8"), windows, length)
+    return text_windows(_load_tokenizer(folder), text.read_text(encoding="utf-8"), windows, length)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _make_parent(path: Path) -> None:

@@ -30,6 +30,10 @@ class CacheError(AtomError):
     """A KV cache that is full, or was made for another model."""
 
 
+class EvaluationError(AtomError):
+    """A text, dataset or task that a model cannot be evaluated on."""
+
+
 class NothingRewrittenError(AtomError):
     """A graph with linears of which not one could be rewritten."""
 
