@@ -1,4 +1,4 @@
-"""`atom-compile explain | bench | calibrate | eval | tune`."""
+"""`atom-compile explain | bench | plot | calibrate | eval | tune`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from torch import Tensor
 
 from . import bench as benchmark
 from . import tune as tuning
+from .bench.figures import figures_of, save_figures, shared_figures
 from .bench.model_result import ModelResult
 from .bench.overhead import OverheadResult
+from .bench.page import save_page
+from .bench.saved import load_all
 from .bench.shapes import find_device
 from .calibrate import calibrate as calibrate_model
 from .comparison import Tasks, compare
@@ -220,7 +223,7 @@ def calibrate(
         found += (
             f", {len(recipe.rounded)} rounded, {recipe.lifted} with more than the scheme's bits"
         )
-    _console().print(f"wrote {out}: {found}", soft_wrap=True)
+    Console().print(f"wrote {out}: {found}", soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -409,8 +412,15 @@ def bench(
     ] = None,
     out: Annotated[
         Path,
-        typer.Option(help="The folder for the table (.txt), the numbers (.json), the plot (.png)."),
+        typer.Option(help="The folder for table (.txt), numbers (.json), figures (.png, .svg)."),
     ] = Path("benchmarks"),
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with figures and tables that opens in any browser."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the numbers as JSON instead of tables.")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer tokens and repetitions.")] = False,
     layers: Annotated[
         int | None, typer.Option(min=1, help="For a model: how many layers, if not all of them.")
@@ -433,7 +443,7 @@ def bench(
 
     Exits with status 1 if a check fails.
     """
-    console = _console()
+    console = Console(stderr=as_json)
     of_model = {"layers": layers, "phases": phases, "variants": variants, "warm_cache": warm_cache}
     of_others = {"tokens": tokens, "only": only, "peers": peers}
     _refuse_options(level, of_others if level == "model" else of_model)
@@ -471,11 +481,52 @@ def bench(
             console=console,
         )
     paths = result.save(out)
-    result.print(console)
+    if as_json:
+        print(result.to_json())
+    else:
+        result.print(console)
+    if html is not None:
+        _make_parent(html)
+        save_page({paths[0].stem: result}, html)
+        paths.append(html)
     for path in paths:
-        console.print(f"wrote {path}", soft_wrap=True)
+        _say_written(path)
     if result.failures:
         raise typer.Exit(1)
+
+
+@app.command()
+@_reports_errors
+def plot(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="What `bench` or a script in benchmarks/ wrote: .json.", metavar="A.json B.json..."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for each figure as .png and .svg.")
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with all figures and tables; opens in any browser."),
+    ] = None,
+) -> None:
+    """Draw results of benchmarks: each file's own figures, and those of all files together."""
+    if out is None and html is None:
+        raise OptionError("plot writes figures to --out DIR, a page to --html FILE, or both")
+    results = load_all(files)
+    if out is not None:
+        figures = shared_figures(list(results.values()))
+        for name, result in results.items():
+            figures |= figures_of(result, name)
+        out.mkdir(parents=True, exist_ok=True)
+        for path in save_figures(figures, out):
+            _say_written(path)
+    if html is not None:
+        _make_parent(html)
+        save_page(results, html)
+        _say_written(html)
 
 
 @app.command()
@@ -505,7 +556,7 @@ def tune(
     """
     if find_device(None).type != "cuda":
         raise OptionError("there is nothing to tune without a GPU: PyTorch sees none here")
-    console = _console()
+    console = Console()
     folder = out or kernel_tuning.FOLDER
     outcomes = tuning.tune(
         _parse_names(model),
@@ -538,14 +589,6 @@ def _refuse_options(level: str, given: dict[str, Any]) -> None:
             raise OptionError(
                 f"level {level!r} does not go by --{name.replace('_', '-')}: leave it out"
             )
-
-
-def _console() -> Console:
-    """As wide as the terminal; where there is none, wide enough for our tables."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    return console
 
 
 def _parse_names(text: str | None) -> list[str]:

@@ -153,7 +153,8 @@ def test_a_row_that_fails_has_a_reason_and_no_time(
 
 def test_files_are_written_whole_and_hold_the_record(result: Result, tmp_path: Path) -> None:
     paths = result.save(tmp_path / "new")
-    assert [path.suffix for path in paths] == [".json", ".txt", ".png"]
+    suffixes = [path.name.removeprefix(paths[0].stem) for path in paths]
+    assert suffixes == [".json", ".txt", ".png", ".svg", "-layer.png", "-layer.svg"]
     assert sorted(paths) == sorted((tmp_path / "new").iterdir())  # nothing temporary is left
     data = json.loads(paths[0].read_text())
     record = {
@@ -188,14 +189,14 @@ def test_an_interrupted_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_table_names_every_operator_within_100_columns(result: Result) -> None:
+def test_the_table_names_every_operator_within_80_columns(result: Result) -> None:
     printed = _printed(result)
     assert all(op in printed for op in OPS)
-    assert max(map(len, printed.splitlines())) <= 100
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def _printed(result: Result) -> str:
-    console = Console(width=100, file=io.StringIO(), record=True)
+    console = Console(width=80, file=io.StringIO(), record=True)
     result.print(console)
     return console.export_text()
 

@@ -77,17 +77,17 @@ def test_rates_are_of_bytes_and_flops(result: Result) -> None:
 
 
 def test_the_table_names_the_baseline_that_ran(result: Result) -> None:
-    console = Console(width=200, file=io.StringIO(), record=True)
+    console = Console(width=80, file=io.StringIO(), record=True)
     result.print(console)
     printed = console.export_text()
-    assert all(op in printed for op in result.ops)
+    assert all(op.rpartition(" ")[0] in printed for op in result.ops)
+    assert "TFLOP" in printed
     assert "scaled_dot_product_attention by " in printed
-    assert "TFLOP/s" in printed
 
 
 def test_files_hold_the_record(result: Result, tmp_path: Path) -> None:
     paths = result.save(tmp_path)
-    assert [path.suffix for path in paths] == [".json", ".txt", ".png"]
+    assert [path.suffix for path in paths] == [".json", ".txt", ".png", ".svg"]
     environment = json.loads(paths[0].read_text())["environment"]
     assert (environment["batch"], environment["length"]) == ([1, 2], [5, 70])
     assert "tiny-kv4-kv8-kv16-attention" in paths[0].name
@@ -144,7 +144,7 @@ def test_the_command_takes_batch_and_length(tmp_path: Path) -> None:
     options = ["--level", "decode", "--batch", "2", "--length", "8", "--quick", "--device", "cpu"]
     done = CliRunner().invoke(app, ["bench", *options, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert "decode kv4 x2" in done.output
+    assert "decode kv4" in done.output
 
 
 @pytest.mark.gpu

@@ -65,11 +65,11 @@ def test_every_variant_has_a_row_for_every_phase_and_batch(tmp_path: Path) -> No
         assert row.tokens == (16 if row.phase == "prefill" else row.batch)
     assert all(row.error is not None and row.error < 1 for row in result.rows)
     paths = result.save(tmp_path)
-    assert [path.suffix for path in paths] == [".json", ".txt"]
+    assert [path.suffix for path in paths] == [".json", ".txt", ".png", ".svg"]
     data = json.loads(paths[0].read_text())
     assert data["environment"]["layers"] == 1
     assert {"tokens_per_s", "speedup", "peak_gb", "first_call_s"} <= set(data["rows"][0])
-    assert max(map(len, _printed(result).splitlines())) <= 100
+    assert max(map(len, _printed(result).splitlines())) <= 80
 
 
 @pytest.mark.parametrize("variant", ["static", "kv4"])
@@ -115,7 +115,7 @@ def test_a_wrong_model_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _printed(result: ModelResult) -> str:
-    console = Console(width=100, file=io.StringIO(), record=True)
+    console = Console(width=80, file=io.StringIO(), record=True)
     result.print(console)
     return console.export_text()
 

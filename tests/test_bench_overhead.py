@@ -21,6 +21,16 @@ def test_every_operator_has_a_row(tmp_path: Path) -> None:
     assert all(row["operator_us"] > 0 and row["launcher_us"] is None for row in rows)
 
 
+def test_json_is_all_that_stdout_gets_and_the_page_is_written(tmp_path: Path) -> None:
+    page = tmp_path / "new" / "report.html"
+    arguments = ["bench", "--level", "overhead", "--device", "cpu", "--quick", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path), "--html", str(page)])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert "report.html" in result.stderr
+    assert page.read_text().count('<th scope="row">') == len(json.loads(result.stdout)["rows"])
+
+
 def test_options_of_other_levels_are_refused() -> None:
     for level, option in (("overhead", "--tokens=1"), ("model", "--only=norm")):
         result = CliRunner().invoke(app, ["bench", "--level", level, option])

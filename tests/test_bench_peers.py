@@ -50,7 +50,7 @@ def test_a_peer_that_cannot_run_is_listed_with_the_reason_and_fails_nothing(
     assert result.peers == [peer.name for peer in PEERS]
     assert result.failures == []
     assert set(result.absent_peers) == {(peer.name, "needs a GPU") for peer in PEERS}
-    console = Console(width=100, file=io.StringIO(), record=True)
+    console = Console(width=80, file=io.StringIO(), record=True)
     result.print(console)
     printed = console.export_text()
     assert "no time of tinygemm at 1, 17 tokens: needs a GPU" in printed

@@ -32,7 +32,8 @@ def run(*arguments: object) -> tuple[int, str]:
         ("calibrate", ["--int8-budget", "--error-budget", "--include-head", "--resume"]),
         ("bench", ["--model", "--tokens", "--scheme", "--level", "--device", "--out", "--quick"]),
         ("bench", ["--batch", "--length", "--only", "--peers", "--no-peers"]),
-        ("bench", ["--layers", "--phases", "--variants", "--warm-cache"]),
+        ("bench", ["--layers", "--phases", "--variants", "--warm-cache", "--html", "--json"]),
+        ("plot", ["--out", "--html"]),
         ("tune", ["--model", "--tokens", "--scheme", "--out", "--quick", "--again"]),
     ],
 )
@@ -45,7 +46,7 @@ def test_help_describes_every_option(command: str, options: list[str]) -> None:
 def test_help_lists_the_commands() -> None:
     status, output = run("--help")
     assert status == 0
-    assert all(command in output for command in ("explain", "calibrate", "bench", "tune"))
+    assert all(command in output for command in ("explain", "calibrate", "bench", "plot", "tune"))
 
 
 def test_a_missing_model_directory_is_one_line(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from triton.errors import TritonError
 from ..errors import OptionError, unknown
 from ..scheme import Scheme
 from . import attention
-from .cases import Case, Setting
+from .cases import Case, Setting, name_scheme
 from .layer import layer_cases
 from .model import run_model
 from .operators import GROUPS, operator_cases
@@ -170,7 +170,7 @@ def _measured(setting: Setting) -> dict[str, Any]:
             "length": list(setting.lengths),
         }
     return {
-        "scheme_name": f"w{setting.scheme.weight_bits}a{setting.scheme.activation_bits}",
+        "scheme_name": name_scheme(setting.scheme),
         "scheme": asdict(setting.scheme),
         "tokens": list(setting.tokens),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scheme import Scheme
+from ..scheme import PRESETS, Scheme
 from .shapes import Shape
 
 # Limits of relative errors. A code that rounds the other way is off by a whole step of its group,
@@ -102,6 +102,12 @@ class Setting:
     def weight_draw(self, index: int) -> Draw:
         """Other numbers than an input's, for weights that several cases share."""
         return self.draw(FIRST_WEIGHT + index)
+
+
+def name_scheme(scheme: Scheme) -> str:
+    """The preset's name, else its bits."""
+    bits = f"w{scheme.weight_bits}a{scheme.activation_bits}"
+    return next((name for name, preset in PRESETS.items() if preset == scheme), bits)
 
 
 _CHECKED_TOKENS = 64  # of a linear: its reference holds every group's sums at once

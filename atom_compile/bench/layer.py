@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..backend import atom
 from ..kernels.packing import GroupLayout
+from ..scheme import Scheme
 from .cases import INT4, Case, Draw, Setting
-from .shapes import llama_config
+from .shapes import Shape, llama_config
 
 _MOST_LAYERS = 4  # to rotate through
 # fused against unfused would say little: Inductor rounds the unfused norm elsewhere, and a bfloat16
@@ -65,7 +66,9 @@ def _layer_case(setting: Setting, variant: str, M: int, layer: Callable[[int], n
         reference=reference,
         observe=change,
         limit=_LIMITS[variant],
-        weight_bytes=_weight_bytes(setting, variant),
+        weight_bytes=linear_bytes(
+            setting.shape, setting.dtype if variant == "baseline" else setting.scheme
+        ),
         flops=2 * M * sum(N * K for N, K in setting.shape.linears.values()),
         arithmetic="16-bit" if variant == "baseline" else "8-bit",
     )
@@ -103,11 +106,11 @@ def _rotary(setting: Setting) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor
     return rotary
 
 
-def _weight_bytes(setting: Setting, variant: str) -> int:
-    if variant == "baseline":
-        return sum(N * K * setting.dtype.itemsize for N, K in setting.shape.linears.values())
-    layout = setting.scheme.layout
-    return sum(_packed_bytes(N, layout(K)) for N, K in setting.shape.linears.values())
+def linear_bytes(shape: Shape, numbers: torch.dtype | Scheme) -> int:
+    """Of the weights of one layer's linears, as they are or packed."""
+    if isinstance(numbers, torch.dtype):
+        return sum(N * K * numbers.itemsize for N, K in shape.linears.values())
+    return sum(_packed_bytes(N, numbers.layout(K)) for N, K in shape.linears.values())
 
 
 def _packed_bytes(N: int, layout: GroupLayout) -> int:

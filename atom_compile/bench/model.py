@@ -39,7 +39,7 @@ from ..backend import atom
 from ..errors import OptionError, unknown
 from ..kv_cache import KVCache
 from ..scheme import Scheme
-from .cases import INT4, Setting
+from .cases import INT4, Setting, name_scheme
 from .layer import fill_randomly
 from .model_result import ModelResult, ModelRow
 from .result import describe_environment
@@ -154,7 +154,7 @@ def _environment(plan: Plan) -> dict[str, Any]:
     return describe_environment(device) | {
         "model": plan.shape.name,
         "layers": plan.shape.layers,
-        "scheme_name": f"w{scheme.weight_bits}a{scheme.activation_bits}",
+        "scheme_name": name_scheme(scheme),
         "scheme": asdict(scheme),
         "length": plan.length,
         "baseline": "bf16" if device.type == "cuda" else "fp32",

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .result import print_to, save_files
+from .result import save_files
 from .tables import make_table, number
 
 
@@ -83,7 +83,7 @@ class ModelResult:
     def print(self, console: Console) -> None:
         table = make_table(
             ["phase", "variant"],
-            ["batch", "ms", "x", "tokens/s", "first s", "warm s", "GB", "error"],
+            ["batch", "ms", "x", "tokens/s", "first\ns", "warm\ns", "GB", "error"],
             title=self.summary(),
             caption="median ± interquartile range of one call; first: of a process with empty "
             "caches, compiling included; warm: of the next process; GB: most allocated",
@@ -124,13 +124,8 @@ class ModelResult:
         return json.dumps({"environment": self.environment, "rows": rows}, indent=1)
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Writes `<model>-<scheme>-model-<device>` as .json and .txt, each whole or not."""
+        """Writes `<model>-<scheme>-model-<device>`: see `save_files`."""
         e = self.environment
         return save_files(
-            Path(folder),
-            [e["model"], e["scheme_name"], e["level"], e["device"]],
-            {
-                "json": lambda path: path.write_text(self.to_json() + "\n"),
-                "txt": lambda path: print_to(path, self.print),
-            },
+            self, Path(folder), [e["model"], e["scheme_name"], e["level"], e["device"]]
         )

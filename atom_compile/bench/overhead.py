@@ -27,7 +27,7 @@ from ..kernels import gated_quantize, linear, norm_quantize, quantize
 from ..kernels.packing import pack_weight
 from ..scheme import Scheme
 from .cases import Setting
-from .result import describe_environment, print_to, save_files
+from .result import describe_environment, save_files
 from .shapes import Shape, find_device
 from .tables import make_table, number
 
@@ -56,13 +56,18 @@ class OverheadResult:
     def failures(self) -> list[str]:
         return []
 
-    def print(self, console: Console) -> None:
+    def summary(self) -> str:
         e = self.environment
+        return (
+            f"host time of a call at one token, {e['device']}\n"
+            f"torch {e['torch']}, triton {e['triton']}, {e['date'][:10]}"
+        )
+
+    def print(self, console: Console) -> None:
         table = make_table(
             ["operator"],
             ["call us", "launcher us", "dispatch us"],
-            title=f"host time of a call at one token, {e['device']}\n"
-            f"torch {e['torch']}, triton {e['triton']}, {e['date'][:10]}",
+            title=self.summary(),
             caption=f"median ± interquartile range; at most {TARGET_US:.0f} us is what we aim at",
         )
         for row in self.rows:
@@ -77,15 +82,8 @@ class OverheadResult:
         return json.dumps({"environment": self.environment, "rows": rows}, indent=1)
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Writes `host-overhead-<device>` as .json and .txt, each whole or not."""
-        return save_files(
-            Path(folder),
-            ["host-overhead", self.environment["device"]],
-            {
-                "json": lambda path: path.write_text(self.to_json() + "\n"),
-                "txt": lambda path: print_to(path, self.print),
-            },
-        )
+        """Writes `host-overhead-<device>`: see `save_files`."""
+        return save_files(self, Path(folder), ["host-overhead", self.environment["device"]])
 
 
 def run_overhead(

@@ -1,4 +1,4 @@
-"""What a benchmark run found; tables.py prints it, plot.py draws it."""
+"""What a benchmark run found; tables.py prints it, figures.py draws it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
 from rich.console import Console
 
-_WIDTH = 100
+_WIDTH = 80
 OURS = ("baseline", "unfused", "fused")
 
 
@@ -169,19 +169,22 @@ class Result:
         """Of the bandwidth of a copy, the share that the row's bytes are moved at."""
         return row.gb_per_s / self.environment["copy_gb_per_s"] if row.gb_per_s else None
 
-    def floor_us(self, row: Row) -> float:
+    def floor_us(self, row: Row) -> float | None:
         """The roofline: no less than moving the bytes takes, or the arithmetic.
 
-        Bytes at the faster of a copy's and a read's rate.
+        Bytes at the faster of a copy's and a read's rate. None where the run did not measure both.
         """
         e = self.environment
+        if "read_gb_per_s" not in e or not row.bytes:
+            return None
         gb_per_s: float = max(e["copy_gb_per_s"], e["read_gb_per_s"])
         tera_ops: float = e["tera_ops_per_s"].get(row.arithmetic, math.inf)
         return max(row.bytes / gb_per_s / 1e3, row.flops / tera_ops / 1e6)
 
     def floor_share(self, row: Row) -> float | None:
         """How much of the row's time its floor is: 1 is as fast as the device can."""
-        return self.floor_us(row) / row.median_us if row.median_us else None
+        floor = self.floor_us(row)
+        return floor / row.median_us if floor and row.median_us else None
 
     def to_json(self) -> str:
         rows = [
@@ -190,7 +193,7 @@ class Result:
                 "gb_per_s": row.gb_per_s,
                 "copy_share": self.copy_share(row),
                 "tflop_per_s": row.tflop_per_s,
-                "floor_us": self.floor_us(row) if row.bytes else None,
+                "floor_us": self.floor_us(row),
                 "floor_share": self.floor_share(row),
                 "speedup": self.speedup(row),
             }
@@ -216,34 +219,49 @@ class Result:
         print_result(self, console)
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Writes `<model>-<scheme>-<level>-<device>` as .json, .txt and .png, each whole or not."""
-        from .plot import plot
-
+        """Writes `<model>-<scheme>-<level>-<device>`: see `save_files`."""
         e = self.environment
         return save_files(
-            Path(folder),
-            [e["model"], e["scheme_name"], e["level"], e["device"]],
-            {
-                "json": lambda path: path.write_text(self.to_json() + "\n"),
-                "txt": lambda path: print_to(path, self.print),
-                "png": lambda path: plot(self, path),
-            },
+            self, Path(folder), [e["model"], e["scheme_name"], e["level"], e["device"]]
         )
 
 
-def save_files(
-    folder: Path, name: Sequence[str], writers: dict[str, Callable[[Path], object]]
-) -> list[Path]:
-    """One file for each suffix, each whole or not at all."""
+class Measured(Protocol):
+    """What each level's result can do."""
+
+    @property
+    def environment(self) -> dict[str, Any]: ...
+
+    @property
+    def rows(self) -> Sequence[Any]: ...
+
+    @property
+    def failures(self) -> list[str]: ...
+
+    def to_json(self) -> str: ...
+
+
+class Printed(Measured, Protocol):
+    def print(self, console: Console) -> None: ...
+
+
+def save_files(result: Printed, folder: Path, name: Sequence[str]) -> list[Path]:
+    """The result as .json and .txt, its figures as .png and .svg, each file whole or not at all."""
+    from .figures import figures_of, save_figures
+
     folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9.]+", "-", "-".join(name).lower()).strip("-.")
-    paths = [folder / f"{stem}.{suffix}" for suffix in writers]
-    for path, write in zip(paths, writers.values(), strict=True):
-        write_whole(path, write)
-    return paths
+    stem = file_stem(*name)
+    paths = [folder / f"{stem}.json", folder / f"{stem}.txt"]
+    write_whole(paths[0], lambda path: path.write_text(result.to_json() + "\n"))
+    write_whole(paths[1], lambda path: _print_to(path, result.print))
+    return paths + save_figures(figures_of(result, stem), folder)
 
 
-def print_to(path: Path, print_on: Callable[[Console], None]) -> None:
+def file_stem(*names: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", "-".join(names).lower()).strip("-.")
+
+
+def _print_to(path: Path, print_on: Callable[[Console], None]) -> None:
     with path.open("w") as file:
         print_on(Console(file=file, width=_WIDTH))
 

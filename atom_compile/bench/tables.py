@@ -27,6 +27,8 @@ def print_result(result: Result, console: Console) -> None:
     if result.axis == "length":
         for runs, rows in _baselines(result).items():
             console.print(f"baseline of {', '.join(rows)}: {runs}", highlight=False)
+    for path, rows in _kernels(result).items():
+        console.print(f"kernel {path}: {'; '.join(rows)}", highlight=False)
     for (peer, reason), absent in result.absent_peers.items():
         places = ", ".join(map(str, sorted({row.M for row in absent})))
         console.print(f"no time of {peer} at {places} tokens: {reason}", highlight=False)
@@ -43,10 +45,10 @@ def _operator_table(result: Result) -> Table:
     of_fused = (
         "bytes, their rate against a copy's,"
         if over_cache
-        else "floor by bytes and operations, its share of the time, kernel"
+        else "floor by bytes and operations, its share of the time"
     )
-    times = f"{result.axis}|{result.environment['baseline']} us|unfused us|x|fused us|x"
-    times += "|MB|copy|TFLOP/s|error" if over_cache else "|floor us|of it|error|kernel"
+    times = f"{result.axis}|{result.environment['baseline']}\nus|unfused\nus|x|fused\nus|x"
+    times += "|MB|copy|TFLOP\n/s|error" if over_cache else "|floor\nus|of it|error"
     table = make_table(
         ["operator"],
         times.split("|"),
@@ -66,7 +68,7 @@ def _operator_lines(result: Result, op: str, rows: int) -> list[str]:
     """What names the operator, spread over its rows: one word each, then its size."""
     row = next(iter(result.variants(op, result.counts(op)[0]).values()))
     if result.axis == "length":
-        lines = [op]
+        lines = op.rsplit(maxsplit=1)
     else:
         lines = [*op.split(), f"{row.N} x {row.K}" if row.N else str(row.K)]
     if len(lines) > rows:
@@ -85,10 +87,10 @@ def _operator_cells(result: Result, op: str, M: int) -> list[str]:
             cells.append(number(result.speedup(row) if row else None, ".2f"))
     if result.axis == "tokens":
         floor = result.floor_us(fused)
-        cells.append(number(floor if fused.bytes else None, ".0f" if floor >= 100 else ".1f"))
+        cells.append(number(floor, ".0f" if floor and floor >= 100 else ".1f"))
         cells.append(number(result.floor_share(fused), ".0%"))
-        return [*cells, number(fused.error, ".0e"), fused.path]
-    cells.append(number(fused.bytes / 1e6, ".3g"))
+        return [*cells, number(fused.error, ".0e")]
+    cells.append(number(fused.bytes / 1e6, ".3g" if fused.bytes < 1e8 else ".0f"))
     cells.append(number(result.copy_share(fused), ".0%"))
     cells.append(number(fused.tflop_per_s, ".0f"))
     return [*cells, number(fused.error, ".0e")]
@@ -99,7 +101,7 @@ def _peer_table(result: Result) -> Table:
     baseline = result.environment["baseline"]
     table = make_table(
         ["linear"],
-        ["tokens", f"{baseline} us", "ours", *result.peers],
+        ["tokens", f"{baseline}\nus", "ours", *(peer.replace(" ", "\n") for peer in result.peers)],
         title=f"speed-up over {baseline}, ours and peers",
         caption="floor: what ours would be if it took no longer than its bytes and operations do",
     )
@@ -112,7 +114,8 @@ def _peer_table(result: Result) -> Table:
             speedups = [number(result.speedup(row) if row else None, ".2f") for row in rows]
             floor = result.speedup_at_floor(variants["fused"])
             cells = [*speedups, number(floor, ".3g")]
-            table.add_row(line, str(M), _time_cell(variants.get("baseline")), *cells)
+            time = _time_cell(variants.get("baseline"), spread=False)
+            table.add_row(line, str(M), time, *cells)
         table.add_section()
     return table
 
@@ -123,7 +126,10 @@ def _mean_table(result: Result) -> Table:
     largest = sorted(linears, key=lambda op: _weight_size(result, op))[-_LARGEST:]
     table = make_table(
         [],
-        ["tokens", "ours", f"largest {_LARGEST}", "least", *result.peers],
+        [
+            *("tokens", "ours", f"largest\n{_LARGEST}", "least"),
+            *(peer.replace(" ", "\n") for peer in result.peers),
+        ],
         title=f"geometric mean of the speed-ups over {len(linears)} linears",
         caption="a peer that has no time for one of them has no mean",
     )
@@ -157,10 +163,22 @@ def _baselines(result: Result) -> dict[str, list[str]]:
     return rows
 
 
+def _kernels(result: Result) -> dict[str, list[str]]:
+    """What the fused variants chose, and for which operators and numbers of tokens."""
+    chosen: dict[str, dict[str, list[int]]] = {}
+    for row in result.rows:
+        if row.variant == "fused" and row.path:
+            chosen.setdefault(row.path, {}).setdefault(result.label(row), []).append(row.M)
+    return {
+        path: [f"{op} at {', '.join(map(str, counts))}" for op, counts in by_op.items()]
+        for path, by_op in chosen.items()
+    }
+
+
 def make_table(left: Sequence[str], right: Sequence[str], *, title: str, caption: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, caption=caption, pad_edge=False, padding=0)
     for header in left:
-        table.add_column(header, no_wrap=True, min_width=_LEFT_WIDTH)
+        table.add_column(header, no_wrap=True, min_width=_LEFT_WIDTH if len(left) == 1 else None)
     for header in right:
         table.add_column(header, justify="right", no_wrap=True)
     return table

@@ -142,15 +142,6 @@ function reveal(name) {
 
 // ---- details
 
-function make(tag, attributes, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes || {}))
-    if (name === "onclick") element.addEventListener("click", value);
-    else if (value !== undefined && value !== false) element.setAttribute(name, value);
-  element.append(...children.filter((child) => child !== null && child !== undefined));
-  return element;
-}
-
 function link(name) {
   return make("a", { href: fragment({ node: name, tab: "graph", stage: stageWith(name) }) }, name);
 }
@@ -282,28 +273,12 @@ const COLUMNS = [
 const rows = data.layers;
 const order = { column: null, descending: false };
 
-function sorted() {
-  if (order.column === null) return rows;
-  const read = COLUMNS[order.column][1], sign = order.descending ? -1 : 1;
-  return [...rows].sort((a, b) => {
-    const x = read(a), y = read(b);
-    if (x === null || y === null) return (x === null) - (y === null);
-    return sign * (typeof x === "number" ? x - y : x.localeCompare(y, "en", { numeric: true }));
-  });
-}
-
-function sortBy(column) {
-  order.descending = order.column === column && !order.descending;
-  order.column = column;
-  showLayers();
-  at("view-layers").querySelectorAll("thead button")[column].focus();
-}
-
 function layerCell(row, read, index) {
   const value = read(row);
   if (index === 0) return make("th", { scope: "row" }, linkToLinear(row.name));
   const text = value === null ? "–" : Number.isInteger(value) ? value.toLocaleString("en") : String(value);
-  return make("td", { class: typeof value === "number" ? "number" : undefined }, text);
+  const isNumber = typeof value === "number";
+  return make("td", { class: isNumber ? "number" : undefined, "data-value": isNumber ? String(value) : undefined }, text);
 }
 
 /** To the node that computes a linear in the last stage. */
@@ -321,12 +296,8 @@ function total(field, list = rows) {
 }
 
 function showLayers() {
-  const head = COLUMNS.map(([title], index) => make("th", {
-    scope: "col",
-    "aria-sort": order.column !== index ? "none" : order.descending ? "descending" : "ascending",
-  }, make("button", { type: "button", onclick: () => sortBy(index) },
-    title + (order.column !== index ? "" : order.descending ? " ▾" : " ▴"))));
-  const body = sorted().map((row) => make("tr", { class: row.operator ? undefined : "left" },
+  const head = COLUMNS.map(([title]) => make("th", { scope: "col" }, title));
+  const body = rows.map((row) => make("tr", { class: row.operator ? undefined : "left" },
     ...COLUMNS.map(([, read], index) => layerCell(row, read, index))));
   const rewritten = rows.filter((row) => row.operator).length;
   const foot = make("tr", {}, make("th", { scope: "row", colspan: 7 }, `${rewritten} of ${rows.length} linears rewritten`),
@@ -334,6 +305,7 @@ function showLayers() {
     make("td", { colspan: COLUMNS.length - 9 }));
   const table = make("table", { class: "rows", id: "layers" }, make("thead", {}, make("tr", {}, ...head)),
     make("tbody", {}, ...body), make("tfoot", {}, foot));
+  makeSortable(table, order);
   at("view-layers").replaceChildren(byteBars(), table, ...attentionTable());
 }
 
@@ -470,12 +442,6 @@ function set(changes) {
 
 function step(by) {
   set({ stage: Math.min(Math.max(state.stage + by, 0), stages().length - 1), node: null });
-}
-
-function switchTheme() {
-  const root = document.documentElement;
-  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  root.dataset.theme = dark ? "light" : "dark";
 }
 
 const zoom = (factor) => shownViews().forEach((view) => view.zoom(factor));

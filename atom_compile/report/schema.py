@@ -21,12 +21,7 @@ _KEYS = frozenset(
 def load(path: str | Path) -> dict[str, Any]:
     """What `Report.save` wrote as JSON. Raises ReportError for anything else."""
     path = Path(path)
-    if not path.is_file():
-        raise ReportError(f"{path} is no file; give a report that was saved as .json")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReportError(f"{path} is no JSON: {error}") from error
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ReportError(f"{path} is no report; `atom-compile explain --out x.json` writes one")
     if not isinstance(data.get("version"), int) or data["version"] > VERSION:
@@ -37,3 +32,13 @@ def load(path: str | Path) -> dict[str, Any]:
     if missing := sorted(_KEYS - data.keys()):
         raise ReportError(f"{path} is damaged: it lacks {', '.join(missing)}")
     return data
+
+
+def read_json(path: Path) -> Any:
+    """Raises ReportError for what is no file or, cut short for one, no JSON."""
+    if not path.is_file():
+        raise ReportError(f"{path} is no file; give a report that was saved as .json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path} is no JSON: {error}") from error

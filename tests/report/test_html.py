@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,11 +16,10 @@ from atom_compile.report import tables
 
 from ..capturing import token_batch
 from ..models import tiny_llama
+from .conftest import NETWORK, Open
 
 MODEL = Path(__file__).parents[2] / "examples" / "prose-llama-5m"
-NETWORK = re.compile(r"""(src|href)\s*=\s*["']?http|@import|url\(\s*["']?http|fetch\(""")
 SIGNS = {"+": "added", "\N{MINUS SIGN}": "removed", "~": "changed", "\N{UNION}": "merged"}
-Open = Callable[..., Any]
 
 
 def small_report() -> Report:
@@ -49,29 +46,6 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
     path = tmp_path_factory.mktemp("deep") / "report.html"
     report.save_html(path)
     return path, report.to_dict()
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Open]:
-    """Opens a file with network off; fails on whatever error the page reports."""
-    errors: list[str] = []
-    contexts = []
-
-    def open_page(path: Path, fragment: str = "", theme: str = "light") -> Any:
-        context = browser.new_context(
-            viewport={"width": 1400, "height": 900}, color_scheme=theme, offline=True
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda said: errors.extend([said.text] if said.type == "error" else []))
-        page.goto(path.as_uri() + fragment)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not errors
 
 
 def node(page: Any, name: str, pane: str = "after") -> Any:
