@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from .backend import atom, bind_inputs, refuse_training, rewrite
-from .bench.result import describe_environment, print_to, save_files
+from .bench.result import describe_environment, file_stem, print_to
 from .bench.tables import make_table, number
 from .capture import captured
 from .errors import EvaluationError, OptionError
@@ -31,6 +31,7 @@ from .evaluate import (
     sliding_windows,
     text_loss,
 )
+from .files import write_text, write_whole
 from .kv_cache import KVCache
 from .options import Options
 from .scheme import KVScheme
@@ -180,15 +181,14 @@ class Comparison:
         """Writes `<model>-eval-<device>` as .json, .txt and .png, each whole or not at all."""
         from .comparison_plot import plot
 
-        return save_files(
-            Path(folder),
-            [self.environment["model"], "eval", self.environment["device"]],
-            {
-                "json": lambda path: path.write_text(self.to_json() + "\n"),
-                "txt": lambda path: print_to(path, self.print_whole),
-                "png": lambda path: plot(self, path),
-            },
-        )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = file_stem(self.environment["model"], "eval", self.environment["device"])
+        paths = [folder / f"{stem}.{suffix}" for suffix in ("json", "txt", "png")]
+        write_text(paths[0], self.to_json() + "\n")
+        write_whole(paths[1], lambda path: print_to(path, self.print_whole))
+        write_whole(paths[2], lambda path: plot(self, path))
+        return paths
 
 
 def compare(

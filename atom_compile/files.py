@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Through a temporary name beside it, so that a reader never sees half a file."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".atom-") as folder:
+        unfinished = Path(folder) / path.name
+        write(unfinished)
+        os.replace(unfinished, path)
+
+
 def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import RecipeError, unknown
+from .files import write_whole
 from .kernels.packing import GroupLayout, PackedWeight
 from .scheme import Scheme
 
@@ -293,10 +293,4 @@ def rounded_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, RoundedWeig
 
 def save_whole(tensors: dict[str, Tensor], metadata: dict[str, str], path: str | Path) -> None:
     """Writes a safetensors file, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(Path(path), lambda unfinished: save_file(tensors, unfinished, metadata=metadata))

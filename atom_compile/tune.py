@@ -21,10 +21,11 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from .bench.cases import SAME_ROUNDING, Setting, checked_tokens
-from .bench.result import describe_environment, write_whole
+from .bench.result import describe_environment
 from .bench.shapes import Shape, find_device, find_shape
 from .bench.timing import copies_past_cache, measure
 from .errors import AtomError, OptionError
+from .files import write_text
 from .kernels import linear, linear_hopper, quantize, tuning
 from .kernels.packing import pack_weight
 from .scheme import Scheme
@@ -200,4 +201,4 @@ def _write(path: Path, rows: list[dict[str, Any]], setting: Setting) -> None:
     record = {name: environment[name] for name in ("device", "torch", "cuda", "triton", "date")}
     lines = ",\n".join(f"  {json.dumps(row)}" for row in sorted(rows, key=_key))
     text = f'{{\n "environment": {json.dumps(record)},\n "linear": [\n{lines}\n ]\n}}\n'
-    write_whole(path, lambda unfinished: unfinished.write_text(text))
+    write_text(path, text)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ..files import write_whole
 from .accuracy_result import AccuracyResult
 from .bars import cache_figure, layer_figure, memory_figure, model_figure, overhead_figure
 from .model_result import ModelResult
 from .overhead import OverheadResult
 from .plot import speed_figure
-from .result import Measured, Result, write_whole
+from .result import Measured, Result
 from .style import save_figure
 from .tradeoff import accuracy_figure
 

@@ -6,14 +6,12 @@ import datetime
 import functools
 import json
 import math
-import os
 import platform
 import re
 import shlex
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +20,8 @@ from typing import Any, Protocol
 import torch
 import triton
 from rich.console import Console
+
+from ..files import write_text, write_whole
 
 _WIDTH = 80
 OURS = ("baseline", "unfused", "fused")
@@ -252,8 +252,8 @@ def save_files(result: Printed, folder: Path, name: Sequence[str]) -> list[Path]
     folder.mkdir(parents=True, exist_ok=True)
     stem = file_stem(*name)
     paths = [folder / f"{stem}.json", folder / f"{stem}.txt"]
-    write_whole(paths[0], lambda path: path.write_text(result.to_json() + "\n"))
-    write_whole(paths[1], lambda path: _print_to(path, result.print))
+    write_text(paths[0], result.to_json() + "\n")
+    write_whole(paths[1], lambda path: print_to(path, result.print))
     return paths + save_figures(figures_of(result, stem), folder)
 
 
@@ -261,17 +261,9 @@ def file_stem(*names: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(names).lower()).strip("-.")
 
 
-def _print_to(path: Path, print_on: Callable[[Console], None]) -> None:
+def print_to(path: Path, print_on: Callable[[Console], None]) -> None:
     with path.open("w") as file:
         print_on(Console(file=file, width=_WIDTH))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Through a temporary name beside it, so that a reader never sees half a file."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".atom-bench-") as folder:
-        unfinished = Path(folder) / path.name
-        write(unfinished)
-        os.replace(unfinished, path)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
