@@ -180,7 +180,7 @@ def test_files_are_written_whole_and_hold_the_record(result: Result, tmp_path: P
 def test_an_interrupted_write_leaves_nothing(
     result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "write_text", interrupted)
