@@ -9,7 +9,7 @@ then cut:
 
 * Activations `(*, K)` become `codes (*, padded_width)` int8 and `scale (num_scales, *)` float32;
   the scales of the groups come first, that of the outliers last. Groups lead, so that a tile of
-  tokens reads its scales contiguously.
+  tokens reads its scales contiguously. With a scale per token all groups share the first.
 * Weights `(N, K)` become `weight (G, N, group_size / 2)` uint8, `weight_scale (G, N)` bfloat16,
   `outlier_weight (N, outlier_channels)` int8 and `outlier_scale (N,)` float32. A block of rows of
   one group is contiguous memory. Two codes share a byte so that unpacking needs no interleave:
@@ -21,8 +21,9 @@ then cut:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,11 +34,15 @@ OUTLIER_BITS = 8
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """How `width` channels are cut into groups and outliers (see the picture above)."""
+    """How `width` channels are cut into groups and outliers (see the picture above).
+
+    per_token: a token has one scale for all of its groups, and a weight scales in two levels.
+    """
 
     width: int
     group_size: int
     outlier_channels: int
+    per_token: bool = False
 
     @property
     def num_groups(self) -> int:
@@ -54,7 +59,8 @@ class GroupLayout:
 
     @property
     def num_scales(self) -> int:
-        return self.num_groups + int(self.outlier_channels > 0)  # SymPy adds no bool
+        groups = 1 if self.per_token else self.num_groups
+        return groups + int(self.outlier_channels > 0)  # SymPy adds no bool
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(*, width) -> groups (*, G, group_size), zero-padded, outliers (*, outlier_channels)."""
@@ -172,14 +178,26 @@ def dequantize_two_level(packed: TwoLevelWeight, layout: GroupLayout) -> Tensor:
     return torch.cat([grouped, packed.outlier_weight * packed.outlier_scale[:, None]], dim=1)
 
 
-def select_rows(packed: PackedWeight, rows: Tensor) -> PackedWeight:
+Packed = TypeVar("Packed", bound=PackedWeight | TwoLevelWeight)
+_LED_BY_GROUPS = ("weight", "weight_scale", "group_scale")  # the other tensors begin with the rows
+
+
+def select_rows(packed: Packed, rows: Tensor) -> Packed:
     """The packed weight of `weight[rows]`; rows (N',) int64."""
-    return PackedWeight(
-        packed.weight[:, rows],
-        packed.weight_scale[:, rows],
-        packed.outlier_weight[rows],
-        packed.outlier_scale[rows],
+    return type(packed)(
+        *(one.index_select(dim, rows) for one, dim in zip(packed, _row_dims(packed), strict=True))
     )
+
+
+def concatenate_rows(weights: Sequence[Packed]) -> Packed:
+    """The packed weight of all the rows, one weight's after the other's."""
+    dims = _row_dims(weights[0])
+    tensors = zip(dims, *weights, strict=True)
+    return type(weights[0])(*(torch.cat(parts, dim) for dim, *parts in tensors))
+
+
+def _row_dims(packed: Packed) -> list[int]:
+    return [int(field in _LED_BY_GROUPS) for field in packed._fields]
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -203,9 +221,11 @@ def dequantize_weight(packed: PackedWeight, layout: GroupLayout) -> Tensor:
 
 def dequantize(codes: Tensor, scale: Tensor, layout: GroupLayout) -> Tensor:
     """The float32 activations `(*, K)`, in order, that `codes` stand for. For inspection."""
-    sizes = [layout.group_size] * layout.num_groups + [layout.outlier_channels] * (
-        layout.outlier_channels > 0
-    )
+    sizes = [layout.group_size] * layout.num_groups
+    if layout.per_token:
+        sizes = [layout.grouped_width]
+    if layout.outlier_channels:
+        sizes = [*sizes, layout.outlier_channels]
     spread = scale.movedim(0, -1).repeat_interleave(
         torch.tensor(sizes, device=scale.device), dim=-1
     )
