@@ -55,7 +55,7 @@ class RecipeLike(Protocol):
 
     def rounded_weight(
         self, weight: Tensor, name: str, transposed: bool, layout: GroupLayout
-    ) -> PackedWeight | None: ...
+    ) -> PackedWeight | TwoLevelWeight | None: ...
 
     @property
     def layers(self) -> Mapping[str, ChoiceLike]: ...
@@ -275,7 +275,9 @@ class PackedLinear:
             return pack_two_level(columns, self.layout)
         return pack_weight(columns, self.layout, self.bits, self.clip)
 
-    def _rounded(self, weight: WeightRef, tensors: Mapping[Node, Tensor]) -> PackedWeight | None:
+    def _rounded(
+        self, weight: WeightRef, tensors: Mapping[Node, Tensor]
+    ) -> PackedWeight | TwoLevelWeight | None:
         """What calibration made of this very weight, in this layout."""
         recipe = self.transform.order.recipe
         if recipe is None:
