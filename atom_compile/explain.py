@@ -235,7 +235,7 @@ def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
         quantized_by = operator_name(product.args[0].args[0])  # type: ignore[union-attr,arg-type]
         # each packed tensor has a row per output: a merged product's rows are its layers'
         packed = product.meta["atom_packed"]
-        after = sum(map(_bytes, product.args[2:6])) * found.out_features // packed.out_features
+        after = sum(map(_bytes, product.args[2:-3])) * found.out_features // packed.out_features
     return Layer(
         found.name,
         found.out_features,

@@ -18,7 +18,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.packing import OUTLIER_BITS, TINY, GroupLayout, PackedWeight, pack_codes
+from .kernels.packing import (
+    OUTLIER_BITS,
+    TINY,
+    GroupLayout,
+    PackedWeight,
+    TwoLevelWeight,
+    best_group_scales,
+    pack_codes,
+    two_level_codes,
+    two_level_row_scale,
+)
 
 WEIGHT_CLIPS = tuple(round(1.0 - 0.05 * step, 2) for step in range(11))
 """The shares of a group's largest weight that are tried as the end of its grid: 1.0 to 0.5."""
@@ -31,7 +41,7 @@ _MOST_DAMPING = 1e3
 class Rounded(NamedTuple):
     """A packed weight, rows as they were and columns in order, and what was unusual about it."""
 
-    packed: PackedWeight
+    packed: PackedWeight | TwoLevelWeight
     note: str | None
 
 
@@ -59,12 +69,20 @@ def round_weight(
     factor, importance, note = _error_factor(hessian.float())
     remaining_KN = weight.float().t().contiguous()
     codes_KN = torch.zeros_like(remaining_KN)
+    # later columns take in errors, but their rows' largest magnitudes hardly change
+    if layout.per_token:
+        row_scale = two_level_row_scale(layout.split(weight.float())[0])
     scales = []
     for start, end in _cuts(layout):
         block_KN = remaining_KN[start:end]
         if start < layout.width - layout.outlier_channels:
-            grid = _best_grid(block_KN, importance[start:end], bits, clips)
-            scales.append(grid.scale)
+            if layout.per_token:
+                steps = best_group_scales(block_KN.t()[:, None], row_scale)[:, 0]
+                grid = _Grid(steps * row_scale, 2 ** (bits - 1) - 1)
+                scales.append(steps)
+            else:
+                grid = _best_grid(block_KN, importance[start:end], bits, clips)
+                scales.append(grid.scale)
         else:
             largest = 2 ** (OUTLIER_BITS - 1) - 1
             grid = _Grid((block_KN.abs().amax(0) / largest).clamp(min=TINY), largest)
@@ -72,7 +90,11 @@ def round_weight(
         remaining_KN[end:] -= factor[start:end, end:].t() @ errors_KN
     groups, outliers = layout.split(codes_KN.t())
     outlier_scale = grid.scale if layout.outlier_channels else weight.new_zeros(weight.shape[0])
-    return Rounded(pack_codes(groups, torch.stack(scales, 1), outliers, outlier_scale), note)
+    group_scale = torch.stack(scales, 1)
+    if layout.per_token:
+        two_level = two_level_codes(groups, group_scale, row_scale, outliers, outlier_scale)
+        return Rounded(two_level, note)
+    return Rounded(pack_codes(groups, group_scale, outliers, outlier_scale), note)
 
 
 def fit_weight(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:

@@ -31,8 +31,9 @@ def fake_quantize(
     x: Tensor, scheme: Scheme, layout: GroupLayout, clip: float, int8_groups: int
 ) -> Tensor:
     """x (T, K) in order -> float32 (T, K), as the quantize operators would have it."""
-    numbers = (scheme.activation_bits, layout.group_size, layout.outlier_channels, clip)
-    return dequantize(*quantize.reference(x.float(), *numbers, int8_groups), layout)
+    cut = layout.group_size, layout.outlier_channels
+    numbers = (scheme.activation_bits, *cut, clip, int8_groups, 0, layout.per_token)
+    return dequantize(*quantize.reference(x.float(), *numbers), layout)
 
 
 def sample_rows(x: Tensor, most: int = _MOST_TOKENS) -> Tensor:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import RecipeError, unknown
 from .files import write_whole
-from .kernels.packing import GroupLayout, PackedWeight
+from .kernels.packing import GroupLayout, PackedWeight, TwoLevelWeight
 from .scheme import Scheme
 
 _FORMAT_VERSION = 2
@@ -53,7 +54,7 @@ class RoundedWeight:
     checksum: (N,) float32, see `checksum`: tells whether the model still has that weight.
     """
 
-    packed: PackedWeight
+    packed: PackedWeight | TwoLevelWeight
     checksum: Tensor
 
     def is_of(self, weight: Tensor) -> bool:
@@ -142,7 +143,7 @@ class Recipe:
 
     def rounded_weight(
         self, weight: Tensor, name: str, transposed: bool, layout: GroupLayout
-    ) -> PackedWeight | None:
+    ) -> PackedWeight | TwoLevelWeight | None:
         """The weight as GPTQ rounded it, rows as they are, columns in order.
 
         None if it was not rounded or, with a warning, has changed since.
@@ -159,7 +160,7 @@ class Recipe:
                 stacklevel=2,
             )
             return None
-        return PackedWeight(*(one.to(weight.device) for one in known.packed))
+        return type(known.packed)(*(one.to(weight.device) for one in known.packed))
 
     def for_scheme(self, scheme: Scheme) -> Recipe:
         """Itself for its own scheme; for another one, what holds for any: the statistics.
@@ -269,16 +270,12 @@ class Recipe:
 
 
 _SEPARATOR = "#"  # no parameter's name has one
-_FIELDS = (*PackedWeight._fields, "checksum")
 
 
 def rounded_to_tensors(name: str, rounded: RoundedWeight) -> dict[str, Tensor]:
     """What a file holds of one rounded weight: "name#weight", "name#weight_scale" and so on."""
-    tensors = (*rounded.packed, rounded.checksum)
-    return {
-        f"{name}{_SEPARATOR}{field}": one.cpu().contiguous()
-        for field, one in zip(_FIELDS, tensors, strict=True)
-    }
+    tensors = rounded.packed._asdict() | {"checksum": rounded.checksum}
+    return {f"{name}{_SEPARATOR}{field}": one.cpu().contiguous() for field, one in tensors.items()}
 
 
 def rounded_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, RoundedWeight]:
@@ -286,8 +283,10 @@ def rounded_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, RoundedWeig
     names = {name.rpartition(_SEPARATOR)[0] for name in tensors if name.endswith("checksum")}
     result = {}
     for name in sorted(names):
-        *packed, checked = (tensors[f"{name}{_SEPARATOR}{field}"] for field in _FIELDS)
-        result[name] = RoundedWeight(PackedWeight(*packed), checked)
+        two_level = f"{name}{_SEPARATOR}row_scale" in tensors
+        kind: Any = TwoLevelWeight if two_level else PackedWeight
+        packed = kind(*(tensors[f"{name}{_SEPARATOR}{field}"] for field in kind._fields))
+        result[name] = RoundedWeight(packed, tensors[f"{name}{_SEPARATOR}checksum"])
     return result
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import AtomError, RecipeError
 from .gptq import fit_weight, round_weight
-from .kernels.packing import PackedWeight, dequantize_weight
+from .kernels.packing import dequantize_weight
 from .passes.linears import FoundLinear, is_weight
 from .precision import ACTIVATION_CLIPS, fake_quantize, sample_rows
 from .recipe import (
@@ -103,9 +103,8 @@ class Rounder:
 
     def _to_dense(self, name: str) -> Tensor:
         layout = self._scheme.layout(self._orders[name].numel())
-        packed = PackedWeight(
-            *(one.to(self._orders[name].device) for one in self._rounded[name].packed)
-        )
+        packed = self._rounded[name].packed
+        packed = type(packed)(*(one.to(self._orders[name].device) for one in packed))
         return dequantize_weight(packed, layout)
 
     def _quantize(
@@ -179,7 +178,7 @@ class Rounder:
             wanted = F.linear(sample, in_order.float())
             noise = F.linear(rounded_sample, self._dense[name]) - wanted
             error = float(noise.square().sum() / wanted.square().sum().clamp(min=1e-30))
-            on_cpu = PackedWeight(*(one.cpu() for one in packed))
+            on_cpu = type(packed)(*(one.cpu() for one in packed))
             self._rounded[name] = RoundedWeight(on_cpu, checksum(weight).cpu())
             self._choose([name], error=error, note=note)
             largest = max(largest, error)

@@ -34,6 +34,10 @@ class Scheme:
         quantized, and the weight's columns with them; a power of two that divides `group_size`.
         The groups' channels are then dealt out evenly instead of sorted, and the outlier channels
         turned among themselves. None is Atom's own. See kernels/rotate.py.
+    two_level: a token has one scale for all of its groups, and a weight's group scales are small
+        integers of a scale per row: tensor cores then add up all groups in integers, which is much
+        faster for many tokens. Needs 8-bit activations and 4-bit weights, whose clip is searched
+        for; `weight_clip` is not read. Source: QServe (arXiv 2405.04532), section 4.1.
     """
 
     weight_bits: int = 4
@@ -44,6 +48,7 @@ class Scheme:
     activation_clip: float = 0.85
     int8_share: float = 0.0
     rotation: int | None = None
+    two_level: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_bits not in range(2, 5):
@@ -66,6 +71,16 @@ class Scheme:
                 )
 
         self._check_rotation()
+        self._check_two_level()
+
+    def _check_two_level(self) -> None:
+        if self.two_level and (self.weight_bits, self.activation_bits) != (4, 8):
+            raise OptionError(
+                f"two_level needs weight_bits=4 and activation_bits=8; they are {self.weight_bits} "
+                f"and {self.activation_bits}"
+            )
+        if self.two_level and self.int8_share:
+            raise OptionError("with two_level all activations are INT8: leave int8_share at 0")
 
     def _check_rotation(self) -> None:
         if self.rotation is None:
@@ -96,7 +111,8 @@ class Scheme:
     def layout(self, width: int) -> GroupLayout:
         """The cut of `width` input channels; at most width / 6 of them become outliers."""
         fitting = width // _LEAST_SHARE // _OUTLIER_STEP * _OUTLIER_STEP
-        return GroupLayout(width, self.group_size, min(self.outlier_channels, fitting))
+        outliers = min(self.outlier_channels, fitting)
+        return GroupLayout(width, self.group_size, outliers, self.two_level)
 
     def int8_groups(self, layout: GroupLayout) -> int:
         """How many groups are INT8 where calibration did not say."""

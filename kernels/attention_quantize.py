@@ -25,7 +25,7 @@ from .kv_cache import CACHE
 from .library import define
 from .packing import OUTLIER_BITS, GroupLayout
 from .quantize import NUMBERS
-from .quantize_rows import _quantize, _quantize_groups
+from .quantize_rows import _quantize, _store_groups
 from .rotate import outlier_block, rotated
 
 
@@ -52,13 +52,14 @@ def reference(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in attention.py -> codes (B, Q, padded_width) int8, scale (num_scales, B, Q)."""
     cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
     attended = attention.reference(
         query, *cache, position, mask, kv_bits, window, attention_scale, softcap
     )
-    numbers = (bits, group_size, outlier_channels, clip, int8_groups, rotation)
+    numbers = (bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token)
     x = attended.transpose(1, 2).flatten(2)
     if order is None:
         return quantize.reference(x, *numbers)
@@ -99,6 +100,7 @@ def combine_quantize_kernel(
     LARGEST: tl.constexpr,
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     ROTATION: tl.constexpr,
     OUTLIER_ROTATION: tl.constexpr,
     HAS_ORDER: tl.constexpr,
@@ -132,21 +134,24 @@ def combine_quantize_kernel(
     y = _gather(row, channel, position < K - OUTLIERS, HEAD_DIM, HEAD_BLOCK)
     if ROTATION > 0:
         y = rotated(y, BLOCK // ROTATION, ROTATION)
-    group = tl.arange(0, BLOCK // GROUP_SIZE)
-    codes, scale = _quantize_groups(
-        tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)),
-        group >= NUM_GROUPS - INT8_GROUPS,
+    codes_row = codes_ptr + m * (NUM_GROUPS * GROUP_SIZE + OUTLIERS)
+    _store_groups(
+        y,
+        codes_row,
+        scale_ptr,
+        m,
+        M,
+        0,
         clip_over_largest,
         outlier_clip_over_largest,
+        NUM_GROUPS,
+        GROUP_SIZE,
+        INT8_GROUPS,
         LARGEST,
         OUTLIER_LARGEST,
-        INT8_GROUPS,
+        BLOCK,
+        PER_TOKEN,
     )
-    codes_row = codes_ptr + m * (NUM_GROUPS * GROUP_SIZE + OUTLIERS)
-    tl.store(
-        codes_row + position, tl.reshape(codes, (BLOCK,)), mask=position < NUM_GROUPS * GROUP_SIZE
-    )
-    tl.store(scale_ptr + group.to(tl.int64) * M + m, scale, mask=group < NUM_GROUPS)
     if OUTLIERS > 0:
         lane = tl.arange(0, OUTLIER_BLOCK)
         live_lane = lane < OUTLIERS
@@ -158,7 +163,7 @@ def combine_quantize_kernel(
             y = rotated(y, OUTLIER_BLOCK // OUTLIER_ROTATION, OUTLIER_ROTATION)
         codes, scale = _quantize(y, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0)
         tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, codes, mask=live_lane)
-        tl.store(scale_ptr + tl.cast(NUM_GROUPS, tl.int64) * M + m, scale)
+        tl.store(scale_ptr + tl.cast(1 if PER_TOKEN else NUM_GROUPS, tl.int64) * M + m, scale)
 
 
 @triton.jit
@@ -181,7 +186,7 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
     order, bits, group_size, outlier_channels, clip, *defaults = arguments[_ATTENDING:]
-    int8_groups, rotation = (*defaults, 0, 0)[:2]
+    int8_groups, rotation, per_token = (*defaults, *(0, 0, False)[len(defaults) :])
     attended, partial = attention.launch_partial(Arguments(*arguments[:_ATTENDING]), tiling)
     B, Q, num_heads, D = attended.shape
     if partial is not None and partial.sums.shape[0] * num_heads * D > _MOST_FUSED:
@@ -197,8 +202,9 @@ def launch(
             clip=clip,
             int8_groups=int8_groups,
             rotation=rotation,
+            per_token=per_token,
         )
-    layout = GroupLayout(num_heads * D, group_size, outlier_channels)
+    layout = GroupLayout(num_heads * D, group_size, outlier_channels, per_token)
     codes = attended.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
     scale = attended.new_empty(layout.num_scales, B, Q, dtype=torch.float32)
     splits = partial.sums.shape[0]
@@ -228,6 +234,7 @@ def launch(
         LARGEST=largest,
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=max(group_size, triton.next_power_of_2(layout.width)),
+        PER_TOKEN=per_token,
         ROTATION=rotation,
         OUTLIER_ROTATION=outlier_block(outlier_channels, rotation),
         HAS_ORDER=order is not None,

@@ -37,6 +37,7 @@ def reference(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """gate and up (*, K), `activation`: a key of ACTIVATIONS, order (K,) int32."""
     y = ACTIVATIONS[activation](gate)
@@ -44,7 +45,8 @@ def reference(
         y = y * up
     if order is not None:
         y = y.index_select(-1, order)
-    return quantize.reference(y, bits, group_size, outlier_channels, clip, int8_groups, rotation)
+    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
+    return quantize.reference(y, *numbers)
 
 
 def fake(
@@ -58,8 +60,10 @@ def fake(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return quantize.fake(gate, bits, group_size, outlier_channels, clip, int8_groups, rotation)
+    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
+    return quantize.fake(gate, *numbers)
 
 
 def launch(
@@ -73,6 +77,7 @@ def launch(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return quantize_rows.launch(
         gate,
@@ -85,6 +90,7 @@ def launch(
         clip=clip,
         int8_groups=int8_groups,
         rotation=rotation,
+        per_token=per_token,
     )
 
 

@@ -52,12 +52,14 @@ def reference(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x (*, K), weight and bias (K,), order (K,) int32; `dtype`: what the norm would return."""
     y = norm(x, weight, bias, eps, center, round_normed, dtype)
     if order is not None:
         y = y.index_select(-1, order)
-    return quantize.reference(y, bits, group_size, outlier_channels, clip, int8_groups, rotation)
+    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
+    return quantize.reference(y, *numbers)
 
 
 def fake(
@@ -75,8 +77,10 @@ def fake(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return quantize.fake(x, bits, group_size, outlier_channels, clip, int8_groups, rotation)
+    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
+    return quantize.fake(x, *numbers)
 
 
 def launch(
@@ -94,6 +98,7 @@ def launch(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     normed_dtype = x.dtype if round_normed else torch.float32
     product_dtype = (
@@ -111,6 +116,7 @@ def launch(
         clip=clip,
         int8_groups=int8_groups,
         rotation=rotation,
+        per_token=per_token,
     )
 
 

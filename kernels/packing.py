@@ -9,7 +9,7 @@ then cut:
 
 * Activations `(*, K)` become `codes (*, padded_width)` int8 and `scale (num_scales, *)` float32;
   the scales of the groups come first, that of the outliers last. Groups lead, so that a tile of
-  tokens reads its scales contiguously.
+  tokens reads its scales contiguously. With a scale per token all groups share the first.
 * Weights `(N, K)` become `weight (G, N, group_size / 2)` uint8, `weight_scale (G, N)` bfloat16,
   `outlier_weight (N, outlier_channels)` int8 and `outlier_scale (N,)` float32. A block of rows of
   one group is contiguous memory. Two codes share a byte so that unpacking needs no interleave:
@@ -21,8 +21,9 @@ then cut:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,11 +34,15 @@ OUTLIER_BITS = 8
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """How `width` channels are cut into groups and outliers (see the picture above)."""
+    """How `width` channels are cut into groups and outliers (see the picture above).
+
+    per_token: a token has one scale for all of its groups, and a weight scales in two levels.
+    """
 
     width: int
     group_size: int
     outlier_channels: int
+    per_token: bool = False
 
     @property
     def num_groups(self) -> int:
@@ -54,7 +59,8 @@ class GroupLayout:
 
     @property
     def num_scales(self) -> int:
-        return self.num_groups + int(self.outlier_channels > 0)  # SymPy adds no bool
+        groups = 1 if self.per_token else self.num_groups
+        return groups + int(self.outlier_channels > 0)  # SymPy adds no bool
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(*, width) -> groups (*, G, group_size), zero-padded, outliers (*, outlier_channels)."""
@@ -138,11 +144,23 @@ LARGEST_GROUP_SCALE = 16  # -8 times it is the least INT8 number there is, -128
 def pack_two_level(weight: Tensor, layout: GroupLayout) -> TwoLevelWeight:
     """Quantizes a weight `(N, K)`, columns in order, rounding to nearest, to 4 bits.
 
-    Each group takes the one of the 16 scales that leaves the least squared error.
+    Clipping the row's peak as well takes away 0.7 % of the noise, measured, and weighting channels
+    by what they are multiplied by nothing: neither is worth its time.
     """
     groups, outliers = layout.split(weight.float())
-    peak = groups.abs().amax((1, 2)).clamp(min=TINY)
-    row_scale = peak / (7 * LARGEST_GROUP_SCALE)
+    row_scale = two_level_row_scale(groups)
+    group_scale = best_group_scales(groups, row_scale)
+    codes = _codes(groups, (row_scale[:, None] * group_scale)[..., None], 7)
+    return two_level_codes(codes, group_scale, row_scale, *_round_outliers(outliers))
+
+
+def two_level_row_scale(groups: Tensor) -> Tensor:
+    """groups (N, G, group_size) -> (N,): the largest group scale then reaches the row's peak."""
+    return groups.abs().amax((1, 2)).clamp(min=TINY) / (7 * LARGEST_GROUP_SCALE)
+
+
+def best_group_scales(groups: Tensor, row_scale: Tensor) -> Tensor:
+    """groups (N, G, group_size), row_scale (N,) -> (N, G): 1 to 16, what leaves the least error."""
     best = torch.ones_like(groups[..., 0])
     least = torch.full_like(best, torch.inf)
     for step in range(1, LARGEST_GROUP_SCALE + 1):
@@ -150,12 +168,18 @@ def pack_two_level(weight: Tensor, layout: GroupLayout) -> TwoLevelWeight:
         error = (_codes(groups, scale, 7) * scale - groups).square().sum(-1)
         best = torch.where(error < least, step, best)
         least = torch.minimum(error, least)
-    codes = _codes(groups, (row_scale[:, None] * best)[..., None], 7)
-    packed = pack_codes(codes, best, *_round_outliers(outliers))
-    group_scale = best.to(torch.int8).t().contiguous()
-    return TwoLevelWeight(
-        packed.weight, group_scale, row_scale, packed.outlier_weight, packed.outlier_scale
+    return best
+
+
+def two_level_codes(
+    codes: Tensor, group_scale: Tensor, row_scale: Tensor, outliers: Tensor, outlier_scale: Tensor
+) -> TwoLevelWeight:
+    """As `pack_codes`: group_scale (N, G) of 1 to 16, row_scale (N,)."""
+    weight, _, outlier_weight, outlier_scale = pack_codes(
+        codes, group_scale, outliers, outlier_scale
     )
+    group_scale = group_scale.to(torch.int8).t().contiguous()
+    return TwoLevelWeight(weight, group_scale, row_scale.float(), outlier_weight, outlier_scale)
 
 
 def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,21 +189,26 @@ def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
     return round_to_codes(outliers, OUTLIER_BITS, 1.0)
 
 
-def dequantize_two_level(packed: TwoLevelWeight, layout: GroupLayout) -> Tensor:
-    """The float32 weight `(N, K)`, in order, that the operator computes with. For inspection."""
-    groups = unpack_int4(packed.weight) * (packed.group_scale * packed.row_scale)[..., None]
-    grouped = groups.transpose(0, 1).flatten(1)[:, : layout.width - layout.outlier_channels]
-    return torch.cat([grouped, packed.outlier_weight * packed.outlier_scale[:, None]], dim=1)
+Packed = TypeVar("Packed", bound=PackedWeight | TwoLevelWeight)
+_LED_BY_GROUPS = ("weight", "weight_scale", "group_scale")  # the other tensors begin with the rows
 
 
-def select_rows(packed: PackedWeight, rows: Tensor) -> PackedWeight:
+def select_rows(packed: Packed, rows: Tensor) -> Packed:
     """The packed weight of `weight[rows]`; rows (N',) int64."""
-    return PackedWeight(
-        packed.weight[:, rows],
-        packed.weight_scale[:, rows],
-        packed.outlier_weight[rows],
-        packed.outlier_scale[rows],
+    return type(packed)(
+        *(one.index_select(dim, rows) for one, dim in zip(packed, _row_dims(packed), strict=True))
     )
+
+
+def concatenate_rows(weights: Sequence[Packed]) -> Packed:
+    """The packed weight of all the rows, one weight's after the other's."""
+    dims = _row_dims(weights[0])
+    tensors = zip(dims, *weights, strict=True)
+    return type(weights[0])(*(torch.cat(parts, dim) for dim, *parts in tensors))
+
+
+def _row_dims(packed: Packed) -> list[int]:
+    return [int(field in _LED_BY_GROUPS) for field in packed._fields]
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -194,18 +223,24 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)
 
 
-def dequantize_weight(packed: PackedWeight, layout: GroupLayout) -> Tensor:
+def dequantize_weight(packed: PackedWeight | TwoLevelWeight, layout: GroupLayout) -> Tensor:
     """The float32 weight `(N, K)`, in order, that the operators compute with. For inspection."""
-    groups = unpack_int4(packed.weight) * packed.weight_scale.float()[..., None]
+    if isinstance(packed, TwoLevelWeight):
+        scale = packed.group_scale * packed.row_scale
+    else:
+        scale = packed.weight_scale.float()
+    groups = unpack_int4(packed.weight) * scale[..., None]
     grouped = groups.transpose(0, 1).flatten(1)[:, : layout.width - layout.outlier_channels]
     return torch.cat([grouped, packed.outlier_weight * packed.outlier_scale[:, None]], dim=1)
 
 
 def dequantize(codes: Tensor, scale: Tensor, layout: GroupLayout) -> Tensor:
     """The float32 activations `(*, K)`, in order, that `codes` stand for. For inspection."""
-    sizes = [layout.group_size] * layout.num_groups + [layout.outlier_channels] * (
-        layout.outlier_channels > 0
-    )
+    sizes = [layout.group_size] * layout.num_groups
+    if layout.per_token:
+        sizes = [layout.grouped_width]
+    if layout.outlier_channels:
+        sizes = [*sizes, layout.outlier_channels]
     spread = scale.movedim(0, -1).repeat_interleave(
         torch.tensor(sizes, device=scale.device), dim=-1
     )

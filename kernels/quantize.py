@@ -7,7 +7,8 @@ The last `outlier_channels` are INT8 with one scale per token and no clip. The l
 groups before them are INT8 without clip too, each with its own scale. Source: Atom (arXiv
 2310.19102), section 4; for groups of two precisions COMET (arXiv 2410.12168), section 4. With
 `rotation` the channels are turned first, so many at a time: see rotate.py; 0 leaves them as they
-are. Every operator that quantizes takes the same numbers.
+are. With `per_token` the groups share one scale, the first, and the outliers have the second, as
+`two_level_linear` wants it. Every operator that quantizes takes the same numbers.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ def reference(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x (*, K), in order -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
     if rotation:
         x = rotate(x, group_size, outlier_channels, rotation)
-    layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
+    layout = GroupLayout(x.shape[-1], group_size, outlier_channels, per_token)
     groups, outliers = layout.split(x)
+    if per_token:
+        groups, int8_groups = groups.flatten(-2).unsqueeze(-2), 0
     codes, scale = _round_groups(groups, bits, clip, int8_groups)
     codes, scale = codes.flatten(-2), scale.movedim(-1, 0)
     if outlier_channels:
@@ -64,8 +68,9 @@ def fake(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
+    layout = GroupLayout(x.shape[-1], group_size, outlier_channels, per_token)
     codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
     return codes, x.new_empty(layout.num_scales, *x.shape[:-1], dtype=torch.float32)
 
@@ -78,8 +83,9 @@ def launch(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation
+    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
     return reorder_launch(x, None, *numbers)
 
 
@@ -92,11 +98,11 @@ def reorder_reference(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`quantize(reorder(x, order))` in one pass over memory."""
-    return reference(
-        x.index_select(-1, order), bits, group_size, outlier_channels, clip, int8_groups, rotation
-    )
+    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
+    return reference(x.index_select(-1, order), *numbers)
 
 
 def reorder_fake(
@@ -108,8 +114,10 @@ def reorder_fake(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return fake(x, bits, group_size, outlier_channels, clip, int8_groups, rotation)
+    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
+    return fake(x, *numbers)
 
 
 def reorder_launch(
@@ -121,6 +129,7 @@ def reorder_launch(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return quantize_rows.launch(
         x,
@@ -131,11 +140,13 @@ def reorder_launch(
         clip=clip,
         int8_groups=int8_groups,
         rotation=rotation,
+        per_token=per_token,
     )
 
 
 NUMBERS = (
-    "int bits, int group_size, int outlier_channels, float clip, int int8_groups=0, int rotation=0"
+    "int bits, int group_size, int outlier_channels, float clip, int int8_groups=0, "
+    "int rotation=0, bool per_token=False"
 )
 quantize = define(f"quantize(Tensor x, {NUMBERS}) -> (Tensor, Tensor)", reference, fake, launch)
 reorder_quantize = define(

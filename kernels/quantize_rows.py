@@ -133,6 +133,45 @@ def _quantize_groups(
 
 
 @triton.jit
+def _store_groups(
+    y,
+    codes_row,
+    scale_ptr,
+    m,
+    M,
+    piece,
+    clip_over_largest,
+    wide_clip_over_largest,
+    NUM_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    INT8_GROUPS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    WIDE_LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    """Quantizes piece number `piece` of token m's channels in groups, y (BLOCK,); 0 is padding."""
+    if PER_TOKEN:  # the piece is all there is
+        codes, scale = _quantize(y, clip_over_largest, LARGEST, AXIS=0)
+        tl.store(scale_ptr + m, scale)
+    else:
+        group = piece * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
+        codes, scale = _quantize_groups(
+            tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)),
+            group >= NUM_GROUPS - INT8_GROUPS,
+            clip_over_largest,
+            wide_clip_over_largest,
+            LARGEST,
+            WIDE_LARGEST,
+            INT8_GROUPS,
+        )
+        tl.store(scale_ptr + group.to(tl.int64) * M + m, scale, mask=group < NUM_GROUPS)
+        codes = tl.reshape(codes, (BLOCK,))
+    position = piece * BLOCK + tl.arange(0, BLOCK)
+    tl.store(codes_row + position, codes, mask=position < NUM_GROUPS * GROUP_SIZE)
+
+
+@triton.jit
 def quantize_rows_kernel(
     x_ptr,
     up_ptr,
@@ -156,6 +195,7 @@ def quantize_rows_kernel(
     LARGEST: tl.constexpr,
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     ROTATION: tl.constexpr,
     OUTLIER_ROTATION: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
@@ -206,19 +246,23 @@ def quantize_rows_kernel(
     y = tl.where(position < K - OUTLIERS, y, 0.0)
     if ROTATION > 0:
         y = rotated(y, BLOCK // ROTATION, ROTATION)
-    group = piece * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
-    codes, scale = _quantize_groups(
-        tl.reshape(y, (BLOCK // GROUP_SIZE, GROUP_SIZE)),
-        group >= NUM_GROUPS - INT8_GROUPS,
+    _store_groups(
+        y,
+        codes_row,
+        scale_ptr,
+        m,
+        M,
+        piece,
         clip_over_largest,
         outlier_clip_over_largest,
+        NUM_GROUPS,
+        GROUP_SIZE,
+        INT8_GROUPS,
         LARGEST,
         OUTLIER_LARGEST,
-        INT8_GROUPS,
+        BLOCK,
+        PER_TOKEN,
     )
-    codes = tl.reshape(codes, (BLOCK,))
-    tl.store(codes_row + position, codes, mask=position < NUM_GROUPS * GROUP_SIZE)
-    tl.store(scale_ptr + group.to(tl.int64) * M + m, scale, mask=group < NUM_GROUPS)
 
     if OUTLIERS > 0:
         if piece == 0:
@@ -232,7 +276,8 @@ def quantize_rows_kernel(
                 outliers, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0
             )
             tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, outlier_codes, mask=live_lane)
-            tl.store(scale_ptr + NUM_GROUPS * M + m, outlier_scale)
+            outlier_row = tl.cast(1 if PER_TOKEN else NUM_GROUPS, tl.int64)
+            tl.store(scale_ptr + outlier_row * M + m, outlier_scale)
 
 
 _TRITON_DTYPES = {
@@ -256,9 +301,10 @@ def launch(
     clip: float,
     int8_groups: int = 0,
     rotation: int = 0,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x and `up` (*, K) -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
-    layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
+    layout = GroupLayout(x.shape[-1], group_size, outlier_channels, per_token)
     codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
     scale = x.new_empty(layout.num_scales, *x.shape[:-1], dtype=torch.float32)
     M = codes.numel() // layout.padded_width
@@ -267,7 +313,8 @@ def launch(
     rows = _as_rows(x)
     up_rows = rows if up is None else _as_rows(up)
     # gathered in memory, a few wide rows are cut as well
-    whole_row = norm is not None or (order is not None and (layout.width <= 8192 or M > 64))
+    gathers = order is not None and (layout.width <= 8192 or M > 64)
+    whole_row = norm is not None or per_token or gathers
     block = max(group_size, triton.next_power_of_2(layout.width))
     if not whole_row:
         block = min(block, max(group_size, 2048))
@@ -296,6 +343,7 @@ def launch(
         LARGEST=largest,
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=block,
+        PER_TOKEN=per_token,
         ROTATION=rotation,
         OUTLIER_ROTATION=outlier_block(outlier_channels, rotation),
         WHOLE_ROW=whole_row,

@@ -8,6 +8,7 @@ tensors that each call brings.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,8 +17,18 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..kernels.packing import GroupLayout, PackedWeight, pack_weight, select_rows
+from ..kernels.linear import linear
+from ..kernels.packing import (
+    GroupLayout,
+    PackedWeight,
+    TwoLevelWeight,
+    concatenate_rows,
+    pack_two_level,
+    pack_weight,
+    select_rows,
+)
 from ..kernels.rotate import rotate
+from ..kernels.two_level_linear import two_level_linear
 
 
 class ChoiceLike(Protocol):
@@ -44,7 +55,7 @@ class RecipeLike(Protocol):
 
     def rounded_weight(
         self, weight: Tensor, name: str, transposed: bool, layout: GroupLayout
-    ) -> PackedWeight | None: ...
+    ) -> PackedWeight | TwoLevelWeight | None: ...
 
     @property
     def layers(self) -> Mapping[str, ChoiceLike]: ...
@@ -158,7 +169,7 @@ class InputTransform:
     def layout(self) -> GroupLayout:
         """The cut of the transformed channels: a turned group has no padding, all of it is used."""
         width = self.cut.padded_width if self.rotation else self.cut.width
-        return GroupLayout(width, self.cut.group_size, self.cut.outlier_channels)
+        return dataclasses.replace(self.cut, width=width)
 
     def signature(self) -> Hashable:
         return self.order.signature(), self.cut, self.rotation
@@ -189,9 +200,16 @@ class LinearPart:
         return (self.weight.node, *bias, *(self.row_order.sources if self.row_order else ()))
 
 
+PRODUCTS = (linear, two_level_linear)
+"""Operators on (codes, scale, *packed weight, bias, residual, dtype)."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """Packed weight (four tensors, see packing.py) and bias of the linears in one product."""
+    """Packed weight (four or five tensors, see packing.py) and bias of the linears in one product.
+
+    Its `operator` is the one of PRODUCTS that multiplies by it.
+    """
 
     parts: tuple[LinearPart, ...]
     transform: InputTransform
@@ -207,6 +225,10 @@ class PackedLinear:
     def layout(self) -> GroupLayout:
         """The cut of the packed columns."""
         return self.transform.layout
+
+    @property
+    def operator(self) -> torch._ops.OpOverload:
+        return two_level_linear if self.layout.per_token else linear
 
     @property
     def has_bias(self) -> bool:
@@ -237,24 +259,25 @@ class PackedLinear:
                 else tensors[part.bias].detach()
             )
             # one linear at a time, so that no more than one is ever held in float32
-            one = self._rounded(part.weight, tensors) or pack_weight(
-                self.transform.apply(weight, tensors), self.layout, self.bits, self.clip
-            )
+            one = self._rounded(part.weight, tensors) or self._round(weight, tensors)
             if part.row_order is not None:
                 rows = part.row_order.indices(tensors)
                 one, bias = select_rows(one, rows), bias[rows]
             packed.append(one)
             biases.append(bias)
-        weights, weight_scales, outlier_weights, outlier_scales = zip(*packed, strict=True)
-        return (
-            torch.cat(weights, dim=1),
-            torch.cat(weight_scales, dim=1),
-            torch.cat(outlier_weights),
-            torch.cat(outlier_scales),
-            torch.cat(biases) if self.has_bias else None,
-        )
+        return *concatenate_rows(packed), torch.cat(biases) if self.has_bias else None
 
-    def _rounded(self, weight: WeightRef, tensors: Mapping[Node, Tensor]) -> PackedWeight | None:
+    def _round(
+        self, weight: Tensor, tensors: Mapping[Node, Tensor]
+    ) -> PackedWeight | TwoLevelWeight:
+        columns = self.transform.apply(weight, tensors)
+        if self.layout.per_token:
+            return pack_two_level(columns, self.layout)
+        return pack_weight(columns, self.layout, self.bits, self.clip)
+
+    def _rounded(
+        self, weight: WeightRef, tensors: Mapping[Node, Tensor]
+    ) -> PackedWeight | TwoLevelWeight | None:
         """What calibration made of this very weight, in this layout."""
         recipe = self.transform.order.recipe
         if recipe is None:

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from ..kernels.linear import linear
 from ..kernels.reorder import reorder
-from .derived import ChannelOrder, PackedLinear
+from .derived import PRODUCTS, ChannelOrder, PackedLinear
 from .graphs import is_call, is_tensor, only_used_by, value
 from .record import Record
 
@@ -76,7 +75,7 @@ def _producers(node: Node) -> list[tuple[Node, int]]:
 
 def _part(node: Node) -> tuple[Node, int] | None:
     """A whole linear, or one that was merged with others."""
-    if is_call(node, linear):
+    if is_call(node, *PRODUCTS):
         packed: PackedLinear = node.meta["atom_packed"]
         return (node, 0) if len(packed.parts) == 1 and node.args[-2] is None else None
     if is_call(node, operator.getitem) and "atom_part" in node.meta:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..kernels.linear import linear
 from ..kernels.packing import GroupLayout
 from ..kernels.quantize import quantize
 from ..kernels.reorder import reorder
@@ -32,6 +31,8 @@ def insert_quantization(
           r = atom.rotate(r, ...)                   if the scheme has a rotation
           codes, scale = atom.quantize(r, ...)
           y = atom.linear(codes, scale, *packed_weight, bias, None, dtype)
+
+    or atom.two_level_linear, if the scheme says so.
     """
     replaced: dict[Node, Node] = {}  # a linear may read another one directly
     for plan in planned:
@@ -56,10 +57,12 @@ def _insert(
         if transform.rotation:
             turning = (transformed, *cut, transform.rotation)
             transformed = call(graph, rotate, turning, like=found.node)
-        numbers = (scheme.activation_bits, *cut, plan.activation_clip, plan.int8_groups)
+        clip, eights, per_token = plan.activation_clip, plan.int8_groups, transform.cut.per_token
+        numbers = (scheme.activation_bits, *cut, clip, eights, 0, per_token)
         codes, scale = quantized_pair(graph, quantize, (transformed, *numbers), like=found.node)
         dtype = value(found.node).dtype
-        product = call(graph, linear, (codes, scale, *weight_nodes, None, dtype), like=found.node)
+        operands = (codes, scale, *weight_nodes, None, dtype)
+        product = call(graph, packed.operator, operands, like=found.node)
     found.node.replace_all_uses_with(product)
     graph.erase_node(found.node)
     product.meta["atom_packed"] = packed
@@ -89,10 +92,7 @@ def order_placeholder(graph: Graph, order: ChannelOrder) -> Node:
 
 
 def weight_placeholders(graph: Graph, packed: PackedLinear) -> list[Node | None]:
-    """The five graph inputs of a packed linear.
-
-    weight, weight_scale, outlier_weight, outlier_scale, and bias or None.
-    """
+    """The graph inputs of a packed linear: its packed weight's tensors, and bias or None."""
     layout: GroupLayout = packed.layout
     N, G = packed.out_features, layout.num_groups
     first = value(packed.parts[0].weight.node)
@@ -101,7 +101,14 @@ def weight_placeholders(graph: Graph, packed: PackedLinear) -> list[Node | None]
             "weight": torch.empty(
                 G, N, layout.group_size // 2, dtype=torch.uint8, device=first.device
             ),
-            "weight_scale": torch.empty(G, N, dtype=torch.bfloat16, device=first.device),
+            **(
+                {
+                    "group_scale": torch.empty(G, N, dtype=torch.int8, device=first.device),
+                    "row_scale": torch.empty(N, dtype=torch.float32, device=first.device),
+                }
+                if layout.per_token
+                else {"weight_scale": torch.empty(G, N, dtype=torch.bfloat16, device=first.device)}
+            ),
             "outlier_weight": torch.empty(
                 N, layout.outlier_channels, dtype=torch.int8, device=first.device
             ),

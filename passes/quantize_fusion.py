@@ -31,12 +31,15 @@ def fuse_quantize(gm: GraphModule, record: Record) -> GraphModule:
     quantize([reorder](atom.attention(...)))  ->  atom.attention_quantize(..., order, ...)
     quantize(reorder(x, order))               ->  atom.reorder_quantize(x, order, ...)
 
-    A rotate between them becomes the last number of any of these, or of quantize itself.
+    A rotate between them becomes a number of any of these, or of quantize itself.
     """
     for node in list(gm.graph.nodes):
         if is_call(node, quantize):
             _fuse(node, record)
     return gm
+
+
+_ROTATION = 5  # where it is among the numbers of a quantize
 
 
 def _fuse(node: Node, record: Record) -> None:
@@ -46,7 +49,7 @@ def _fuse(node: Node, record: Record) -> None:
     if is_call(y, rotate) and set(y.users) == {reader}:
         reader = y
         y, *_, block = y.args
-        numbers.append(block)
+        numbers[_ROTATION] = block
     if is_call(y, reorder) and set(y.users) == {reader}:
         reader = y
         y, order = y.args

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from ..kernels.linear import linear
+from .derived import PRODUCTS, PackedLinear
 from .graphs import call, is_call, is_tensor, value
 from .record import Record
 
@@ -26,7 +26,7 @@ def fuse_residual(gm: GraphModule, record: Record) -> GraphModule:
 
 
 def _is_legal(node: Node, product: object, residual: object) -> bool:
-    if not (is_call(product, linear) and is_tensor(residual)):
+    if not (is_call(product, *PRODUCTS) and is_tensor(residual)):
         return False
     assert isinstance(product, Node)
     added = value(node)
@@ -45,12 +45,13 @@ def _is_legal(node: Node, product: object, residual: object) -> bool:
 def _fuse(node: Node, product: Node, residual: Node, record: Record) -> None:
     *operands, _, dtype = product.args
     with node.graph.inserting_before(node):
-        fused = call(node.graph, linear, (*operands, residual, dtype), like=product)
-    fused.meta["atom_packed"] = product.meta["atom_packed"]
+        packed: PackedLinear = product.meta["atom_packed"]
+        fused = call(node.graph, packed.operator, (*operands, residual, dtype), like=product)
+    fused.meta["atom_packed"] = packed
     node.replace_all_uses_with(fused)
     node.graph.erase_node(node)
     node.graph.erase_node(product)
     record.say(
-        [part.weight.name for part in fused.meta["atom_packed"].parts],
+        [part.weight.name for part in packed.parts],
         "residual addition joined the product",
     )

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..kernels.linear import linear
 from ..kernels.quantize import quantize
 from ..kernels.reorder import reorder
 from ..kernels.rotate import rotate
-from .derived import PackedLinear
+from .derived import PRODUCTS, PackedLinear
 from .graphs import call, is_call, value
 from .insertion import weight_placeholders
 from .record import Record
@@ -32,7 +31,7 @@ def share_inputs(gm: GraphModule, record: Record) -> GraphModule:
     _deduplicate(gm.graph)
     readers: dict[Any, list[Node]] = defaultdict(list)
     for node in gm.graph.nodes:
-        if is_call(node, linear):
+        if is_call(node, *PRODUCTS):
             readers[node.args[0], node.args[-1]].append(node)
     for nodes in readers.values():
         if len(nodes) > 1:
@@ -67,7 +66,8 @@ def _merge(graph: Graph, nodes: list[Node], record: Record) -> None:
     codes, scale, *_, residual, dtype = nodes[0].args
     weight_nodes = weight_placeholders(graph, merged)
     with graph.inserting_before(nodes[0]):
-        product = call(graph, linear, (codes, scale, *weight_nodes, residual, dtype), like=nodes[0])
+        operands = (codes, scale, *weight_nodes, residual, dtype)
+        product = call(graph, merged.operator, operands, like=nodes[0])
         product.meta["atom_packed"] = merged
         start = 0
         for index, (node, part) in enumerate(zip(nodes, parts, strict=True)):

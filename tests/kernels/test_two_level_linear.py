@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atom_compile.kernels import linear, quantize, two_level_linear
-from atom_compile.kernels.packing import GroupLayout, dequantize_two_level, pack_two_level
+from atom_compile.kernels.packing import GroupLayout, dequantize_weight, pack_two_level
 
 from .cases import dtypes, few_examples, kernel_device, layouts, poisoned_memory, seeds, tokens
 
@@ -53,7 +53,7 @@ def test_reference_multiplies_what_the_numbers_stand_for() -> None:
     codes, scale = per_token(x, layout)
     packed = pack_two_level(weight, layout)
     rounded = torch.cat([codes[:, :328] * scale[0, :, None], codes[:, -16:] * scale[1, :, None]], 1)
-    want = rounded @ dequantize_two_level(packed, layout).t()
+    want = rounded @ dequantize_weight(packed, layout).t()
     got = two_level_linear.reference(codes, scale, *packed, None, None, torch.float32)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
 
