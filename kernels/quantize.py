@@ -95,7 +95,7 @@ def reorder_reference(
 ) -> tuple[Tensor, Tensor]:
     """`quantize(reorder(x, order))` in one pass over memory."""
     return reference(
-        x.index_select(-1, order), bits, group_size, outlier_channels, clip, int8_groups
+        x.index_select(-1, order), bits, group_size, outlier_channels, clip, int8_groups, rotation
     )
 
 
@@ -109,7 +109,7 @@ def reorder_fake(
     int8_groups: int = 0,
     rotation: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    return fake(x, bits, group_size, outlier_channels, clip, rotation)
+    return fake(x, bits, group_size, outlier_channels, clip, int8_groups, rotation)
 
 
 def reorder_launch(
