@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .kernels import quantize
 from .kernels.packing import GroupLayout, dequantize
+from .passes.transforms import Transform, deal
 from .scheme import Scheme
 
 ACTIVATION_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -27,10 +28,15 @@ _MOST_COUNTS = 9
 _MOST_TOKENS = 1024
 
 
+def transform_of(scheme: Scheme, order: Tensor) -> Transform:
+    """What `scheme` does with an activation whose channels are in `order` (K,)."""
+    return Transform(order, scheme.layout(len(order)), scheme.rotation or 0)
+
+
 def fake_quantize(
     x: Tensor, scheme: Scheme, layout: GroupLayout, clip: float, int8_groups: int
 ) -> Tensor:
-    """x (T, K) in order -> float32 (T, K), as the quantize operators would have it."""
+    """x (T, K) transformed -> float32 (T, K), as the quantize operators would have it."""
     cut = layout.group_size, layout.outlier_channels
     numbers = (scheme.activation_bits, *cut, clip, int8_groups, 0, layout.per_token)
     return dequantize(*quantize.reference(x.float(), *numbers), layout)
@@ -67,12 +73,12 @@ class Noise:
         rows = sample_rows(x)
         for count in self.counts:
             for share in _SHARES:
-                order = self.order(share, count)
-                ordered = rows[:, order]
+                transform = transform_of(self.scheme, self.order(share, count))
+                x = transform.apply(rows)
                 rounded = fake_quantize(
-                    ordered, self.scheme, self.layout, self.scheme.activation_clip, count
+                    x, self.scheme, transform.layout, self.scheme.activation_clip, count
                 )
-                errors = (rounded - ordered).square() @ self.importance[order]
+                errors = transform.undo(rounded - x).square() @ self.importance
                 key = share, count
                 self.noise[key] = self.noise.get(key, 0.0) + errors.sum().item()
 
@@ -85,8 +91,12 @@ class Noise:
 
         The rest of those in INT8 are the ones that would cause the most noise in INT4, going by
         their magnitude and importance. Groups ascend in magnitude, as a group's grid is as wide as
-        its largest channel.
+        its largest channel; those that are rotated are alike.
         """
+        order = self._ascending(share, int8_groups)
+        return deal(order, self.layout, int8_groups) if self.scheme.rotation else order
+
+    def _ascending(self, share: float, int8_groups: int) -> Tensor:
         outliers = self.layout.outlier_channels
         wide = min(outliers + int8_groups * self.layout.group_size, self.layout.width)
         if not wide:

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .errors import RecipeError, unknown
 from .files import write_whole
 from .kernels.packing import GroupLayout, PackedWeight, TwoLevelWeight
+from .passes.transforms import deal
 from .scheme import Scheme
 
 _FORMAT_VERSION = 2
@@ -49,7 +50,8 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A weight that GPTQ rounded: its rows as they were, its columns in the recipe's order.
+    """A weight that GPTQ rounded: its rows as they were, its columns in the recipe's order and
+    turned if the recipe's scheme has a rotation.
 
     checksum: (N,) float32, see `checksum`: tells whether the model still has that weight.
     """
@@ -76,8 +78,9 @@ class Recipe:
     scheme: the default of a compilation with this recipe.
     hessian_diagonal: weight's parameter name -> (K,) float32, each input channel's mean square.
     shapes: weight's parameter name -> the weight's shape.
-    orders: weight's parameter name -> (K,), its input channels in order. They, `layers` and
-        `rounded` hold for `scheme` alone; where one is missing, channels ascend in magnitude.
+    orders: weight's parameter name -> (K,), its input channels in order, dealt out over the groups
+        if `scheme` has a rotation. They, `layers` and `rounded` hold for `scheme` alone; where one
+        is missing, it follows from the channels' magnitudes.
     layers: weight's parameter name -> what was chosen for it.
     rounded: weight's parameter name -> the weight as GPTQ rounded it to `scheme`.
 
@@ -135,16 +138,22 @@ class Recipe:
         return known
 
     def order(self, weight: Tensor, name: str) -> Tensor:
-        """(K,) int64: the input channels of `weight`, ascending in magnitude, outliers last."""
+        """(K,) int64: the input channels of `weight` in the scheme's order, outliers last."""
         known = self.name_of(weight, name)
         if known in self.orders:
             return self.orders[known].long()
-        return self.hessian_diagonal[known].argsort(stable=True)
+        ascending = self.hessian_diagonal[known].argsort(stable=True)
+        if not self.scheme.rotation:
+            return ascending
+        layout = self.scheme.layout(len(ascending))
+        return deal(ascending, layout, self.scheme.int8_groups(layout))
 
     def rounded_weight(
-        self, weight: Tensor, name: str, transposed: bool, layout: GroupLayout
+        self, weight: Tensor, name: str, transposed: bool, cut: GroupLayout, rotation: int
     ) -> PackedWeight | TwoLevelWeight | None:
-        """The weight as GPTQ rounded it, rows as they are, columns in order.
+        """The weight as GPTQ rounded it, rows as they are, columns in order and turned.
+
+        cut, rotation: those of the linear that will read it; they must be the scheme's.
 
         None if it was not rounded or, with a warning, has changed since.
         """
@@ -152,7 +161,8 @@ class Recipe:
         known = self.rounded.get(known_name)
         if known is None:
             return None
-        assert known.packed.weight.shape[0] == layout.num_groups, "rounded for this scheme"
+        its_own = self.scheme.layout(cut.width), self.scheme.rotation or 0
+        assert (cut, rotation) == its_own, "another transform's columns are no columns of this one"
         if not known.is_of(weight.detach().t() if transposed else weight.detach()):
             warnings.warn(
                 f"{known_name} has changed since it was calibrated and is rounded to nearest; "

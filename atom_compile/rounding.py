@@ -19,7 +19,8 @@ from .errors import AtomError, RecipeError
 from .gptq import fit_weight, round_weight
 from .kernels.packing import dequantize_weight
 from .passes.linears import FoundLinear, is_weight
-from .precision import ACTIVATION_CLIPS, fake_quantize, sample_rows
+from .passes.transforms import Transform
+from .precision import ACTIVATION_CLIPS, fake_quantize, sample_rows, transform_of
 from .recipe import (
     LayerChoice,
     RoundedWeight,
@@ -46,12 +47,12 @@ class Rounder:
         resume: str | Path | None,
     ) -> None:
         self._scheme = scheme
-        self._orders = orders
+        self._transforms = {name: transform_of(scheme, order) for name, order in orders.items()}
         self._layers = dict(layers)
         self._error_budget = error_budget
         self._folder = None if resume is None else _Folder(Path(resume))
         self._rounded: dict[str, RoundedWeight] = {}
-        # dense float32 weights, in order, of the linears that batches have yet to run through
+        # dense float32 weights, transformed, of the linears that batches have yet to run through
         self._dense: dict[str, Tensor] = {}
         self._last_input: tuple[Tensor, str, Tensor] | None = None
 
@@ -93,19 +94,17 @@ class Rounder:
             self._dense[found.name] = self._to_dense(found.name)
         # compared as objects: linears of one activation follow each other and share the rounding
         if self._last_input is None or self._last_input[0] is not x:
-            ordered = x[..., self._orders[found.name]]
-            layout = self._scheme.layout(x.shape[-1])
-            rounded = fake_quantize(
-                ordered, self._scheme, layout, choice.activation_clip, choice.int8_groups
-            )
+            transform = self._transforms[found.name]
+            numbers = (transform.layout, choice.activation_clip, choice.int8_groups)
+            rounded = fake_quantize(transform.apply(x), self._scheme, *numbers)
             self._last_input = x, found.name, rounded
         return F.linear(self._last_input[2], self._dense[found.name])
 
     def _to_dense(self, name: str) -> Tensor:
-        layout = self._scheme.layout(self._orders[name].numel())
+        transform = self._transforms[name]
         packed = self._rounded[name].packed
-        packed = type(packed)(*(one.to(self._orders[name].device) for one in packed))
-        return dequantize_weight(packed, layout)
+        packed = type(packed)(*(one.to(transform.order.device) for one in packed))
+        return dequantize_weight(packed, transform.layout)
 
     def _quantize(
         self,
@@ -122,14 +121,9 @@ class Rounder:
             return
         if all(name in self._rounded for name in names):
             return  # the same weights, read again
-        order = self._orders[names[0]]
-        work = _Work(
-            names,
-            weights,
-            [weight[:, order] for weight in weights],
-            order,
-            xs,
-        )
+        transform = self._transforms[names[0]]
+        transformed = [transform.apply(weight) for weight in weights]
+        work = _Work(names, weights, transformed, transform, xs)
         self._search_clip(work)
         error = self._round(work)
         if self._error_budget is not None and error > self._error_budget:
@@ -140,11 +134,11 @@ class Rounder:
     def _search_clip(self, work: _Work) -> None:
         """The activation's clip with the least error of its linears' outputs."""
         choice = self._layers[work.names[0]]
-        x = _sample(work.xs, work.order)
-        layout = self._scheme.layout(x.shape[1])
         if self._scheme.activation_bits >= 8:
             return
-        gram = sum(weight.float().t() @ weight.float() for weight in work.ordered)
+        x = _sample(work.xs, work.transform)
+        layout = work.transform.layout
+        gram = sum(weight.float().t() @ weight.float() for weight in work.transformed)
 
         def error(clip: float) -> float:
             wrong = fake_quantize(x, self._scheme, layout, clip, choice.int8_groups) - x
@@ -156,26 +150,25 @@ class Rounder:
     def _round(self, work: _Work) -> float:
         """Rounds each weight to what the activation becomes; returns the largest output error."""
         choice = self._layers[work.names[0]]
-        width = work.order.numel()
-        layout = self._scheme.layout(width)
+        layout = work.transform.layout
         numbers = (self._scheme, layout, choice.activation_clip, choice.int8_groups)
-        hessian = torch.zeros(width, width, device=work.xs[0].device)
+        hessian = torch.zeros(layout.width, layout.width, device=work.xs[0].device)
         cross = torch.zeros_like(hessian)
         for x in work.xs:
-            ordered_x = x.reshape(-1, width)[:, work.order].float()
-            rounded_x = fake_quantize(ordered_x, *numbers)
+            exact_x = work.transform.apply(x).reshape(-1, layout.width).float()
+            rounded_x = fake_quantize(exact_x, *numbers)
             hessian.addmm_(rounded_x.t(), rounded_x)
-            cross.addmm_(ordered_x.t(), rounded_x)
+            cross.addmm_(exact_x.t(), rounded_x)
         if not bool(hessian.isfinite().all()):
             raise AtomError(f"the input of {work.names[0]} is not finite in the quantized model")
-        sample = _sample(work.xs, work.order)
+        sample = _sample(work.xs, work.transform)
         rounded_sample = fake_quantize(sample, *numbers)
         largest = 0.0
-        for name, weight, in_order in zip(work.names, work.weights, work.ordered, strict=True):
-            fitted = fit_weight(in_order, hessian, cross)
+        for name, weight, exact in zip(work.names, work.weights, work.transformed, strict=True):
+            fitted = fit_weight(exact, hessian, cross)
             packed, note = round_weight(fitted, hessian, layout, self._scheme.weight_bits)
             self._dense[name] = dequantize_weight(packed, layout)
-            wanted = F.linear(sample, in_order.float())
+            wanted = F.linear(sample, exact.float())
             noise = F.linear(rounded_sample, self._dense[name]) - wanted
             error = float(noise.square().sum() / wanted.square().sum().clamp(min=1e-30))
             on_cpu = type(packed)(*(one.cpu() for one in packed))
@@ -187,7 +180,7 @@ class Rounder:
     def _lift(self, work: _Work, error: float) -> None:
         """The next precisions, until the error is within the budget: INT8 activations, 16 bits."""
         assert self._error_budget is not None
-        layout = self._scheme.layout(work.order.numel())
+        layout = work.transform.layout
         reason = f"error {error:.4f}, budget {self._error_budget:g}"
         all_int8 = self._layers[work.names[0]].int8_groups == layout.num_groups
         if self._scheme.activation_bits < 8 and not all_int8:
@@ -205,18 +198,18 @@ class Rounder:
 
 
 class _Work(NamedTuple):
-    """The linears of one activation. `ordered`: the weights, their columns in `order`."""
+    """The linears of one activation, their weights as they are and under `transform`."""
 
     names: Sequence[str]
     weights: Sequence[Tensor]
-    ordered: Sequence[Tensor]
-    order: Tensor
+    transformed: Sequence[Tensor]
+    transform: Transform
     xs: Sequence[Tensor]
 
 
-def _sample(xs: Sequence[Tensor], order: Tensor) -> Tensor:
+def _sample(xs: Sequence[Tensor], transform: Transform) -> Tensor:
     most = -(-_SAMPLED_TOKENS // len(xs))
-    return torch.cat([sample_rows(x, most) for x in xs])[:, order]
+    return transform.apply(torch.cat([sample_rows(x, most) for x in xs]))
 
 
 def _weight(stream: Stream, found: FoundLinear) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures what each scheme costs a real model, with and without GPTQ; writes JSON.
+"""Measures what each scheme costs a real model, rounded to nearest and by GPTQ; writes JSON.
 
     python benchmarks/accuracy.py MODEL_DIR --calibration FILE --validation FILE --out FILE
 
@@ -8,7 +8,8 @@ the ratio moves by some tenths of a percent with noise of any size, the divergen
 rewritten graphs run uncompiled, through the references. With --outliers, a Python file with
 `inject_outliers(model, scale)`, all of it on a model with outliers. With --statistics, a
 safetensors file of per-channel maxima of a larger model's activations, the signal-to-noise ratio of
-the outputs of linears with such inputs.
+the outputs of linears with such inputs. Rows that FILE has already are kept, and measured on the
+same text or refused.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ import importlib.util
 import json
 import math
 import platform
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +30,47 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import atom_compile
-from atom_compile import Scheme, compat
+from atom_compile import KVCache, Scheme, compat
 from atom_compile.evaluate import text_windows
 from atom_compile.gptq import fit_weight, round_weight
-from atom_compile.kernels.packing import dequantize_weight, pack_weight
-from atom_compile.precision import ACTIVATION_CLIPS, Noise, fake_quantize
+from atom_compile.kernels.packing import GroupLayout, dequantize_weight, pack_weight
+from atom_compile.precision import ACTIVATION_CLIPS, Noise, fake_quantize, transform_of
 
 WINDOWS, LENGTH, BATCH = 24, 512, 6
 SCHEMES = {
     "w4a4": Scheme.preset("w4a4"),
+    "w4a4-rotated": Scheme.preset("w4a4-rotated"),
     "w4ax": Scheme.preset("w4ax"),
     "w4a8": Scheme.preset("w4a8"),
     "w3a3": Scheme(weight_bits=3, activation_bits=3),
 }
+
+
+class Row(NamedTuple):
+    """One measurement. `cache`: the scheme of keys and values, none for no cache at all."""
+
+    scheme: str
+    gptq: bool
+    cache: str | None = None
+
+    def __str__(self) -> str:
+        numbers = self.scheme + (f" + {self.cache}" if self.cache else "")
+        return numbers if self.gptq else f"{numbers}, nearest"
+
+
+# those that share a recipe follow each other
+ROWS = [
+    Row("w4a4-rotated", True),
+    Row("w4a4-rotated", True, "kv4-rotated"),
+    Row("w4a4", True),
+    Row("w4ax", True),
+    Row("w4a8", True),
+    Row("w4a4", False),
+    Row("w4a4-rotated", False),
+    Row("w4a8", False),
+    Row("w3a3", True),
+    Row("w3a3", False),
+]
 _MEASURED = ("self_attn.q_proj", "self_attn.out_proj", "fc1")
 
 
@@ -55,30 +83,22 @@ def main() -> None:
     parser.add_argument("--validation", type=Path, required=True)
     parser.add_argument("--outliers", type=Path)
     parser.add_argument("--statistics", type=Path)
-    parser.add_argument("--schemes", default=",".join(SCHEMES), help="separated by commas")
-    parser.add_argument("--methods", default="nearest,gptq", help="nearest, gptq")
+    parser.add_argument("--rows", nargs="*", choices=[str(row) for row in ROWS])
     parser.add_argument("--windows", type=int, default=32, help="of calibration text")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     # Inductor would take longer to compile a graph than its references take to run
     compat.compile_graph = lambda gm, example_inputs, **_: gm.forward  # type: ignore[assignment]
-    result: dict[str, Any] = {
-        "device": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "model": arguments.model.name,
-        "validation": [arguments.validation.name, WINDOWS, LENGTH],
-        "calibration": [arguments.calibration.name, arguments.windows, LENGTH],
-        "outliers": arguments.outliers is not None,
-    }
-    measure_model(arguments, result)
+    result = measure_model(arguments)
     if arguments.statistics:
         result["layer_output_snr_db"] = measure_statistics(arguments.statistics)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        save(result, arguments.out)
+    for name, row in result["rows"].items():
+        print(f"{name:36} {row['ratio']:.4f}x  {row['kl']:.4f}")
 
 
-def measure_model(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Adds to `result` and writes it after every run."""
+def measure_model(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The contents of the file, which is written after every row."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if arguments.outliers:
@@ -87,24 +107,51 @@ def measure_model(arguments: argparse.Namespace, result: dict[str, Any]) -> None
     calibration = windows(tokenizer, arguments.calibration, arguments.windows)
     wanted: list[Tensor] = []
     full = evaluate(model, validation, lambda number, logits: wanted.append(logits.half()))
-    result |= {"float32": full, "runs": []}
-    for name in arguments.schemes.split(","):
-        for method in arguments.methods.split(","):
-            started = time.perf_counter()
+    result = opened(arguments, full)
+    recipe = made_for = None
+    for row in ROWS:
+        if str(row) in result["rows"] or (arguments.rows and str(row) not in arguments.rows):
+            continue
+        if recipe is None or made_for != row[:2]:
             recipe = atom_compile.calibrate(
-                model, calibration, SCHEMES[name], progress=False, gptq=method == "gptq"
+                model, calibration, SCHEMES[row.scheme], progress=False, gptq=row.gptq
             )
-            seconds = time.perf_counter() - started
-            run = {"scheme": name, "method": method, "calibration_seconds": round(seconds)}
-            run |= measure_recipe(model, recipe, validation, wanted, full)
-            print({key: run[key] for key in ("scheme", "method", "ratio", "kl")}, flush=True)
-            result["runs"].append(run)
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            made_for = row[:2]
+        measured = measure_recipe(model, recipe, row.cache, validation, wanted, full)
+        result["rows"][str(row)] = measured
+        print(f"{row}: {measured['ratio']:.4f}x  {measured['kl']:.4f}", flush=True)
+        save(result, arguments.out)
+    return result
+
+
+def opened(arguments: argparse.Namespace, full: float) -> dict[str, Any]:
+    """What `out` holds so far, if it is of the same measurement."""
+    header: dict[str, Any] = {
+        "device": platform.machine(),
+        "torch": torch.__version__,
+        "model": arguments.model.name,
+        "validation": [arguments.validation.name, WINDOWS, LENGTH],
+        "calibration": [arguments.calibration.name, arguments.windows, LENGTH],
+        "outliers": arguments.outliers is not None,
+        "float32": round(full, 4),
+    }
+    if not arguments.out.exists():
+        return header | {"rows": {}}
+    known: dict[str, Any] = json.loads(arguments.out.read_text())
+    for key, value in header.items():
+        if known.get(key) != value:
+            raise SystemExit(f"{arguments.out} was measured with {key} {known.get(key)}: {value}")
+    return known
+
+
+def save(result: dict[str, Any], out: Path) -> None:
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure_recipe(
     model: Any,
     recipe: atom_compile.Recipe,
+    cache: str | None,
     batches: list[Tensor],
     wanted: list[Tensor],
     full: float,
@@ -118,16 +165,16 @@ def measure_recipe(
             F.kl_div(logits, wanted[number].float(), log_target=True, reduction="sum").item()
         )
 
-    ratio = evaluate(model, batches, compare) / full
+    through = None if cache is None else KVCache(model.config, BATCH, LENGTH, cache)
+    ratio = evaluate(model, batches, compare, through) / full
     model._compiled_call_impl = None
     tokens = sum(len(one) for one in wanted)
     result: dict[str, Any] = {"ratio": ratio, "kl": sum(divergences) / tokens}
     if recipe.layers:
         result["blocks_int8"], result["blocks"] = count_blocks(recipe)
-        result["error"] = {name: one.error for name, one in recipe.layers.items()}
-        result["int8_groups"] = {name: one.int8_groups for name, one in recipe.layers.items()}
-        result["activation_clip"] = {
-            name: one.activation_clip for name, one in recipe.layers.items()
+        result["layers"] = {
+            name: [choice.activation_clip, choice.int8_groups, choice.error]
+            for name, choice in recipe.layers.items()
         }
     return result
 
@@ -149,11 +196,20 @@ def count_blocks(recipe: atom_compile.Recipe) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def evaluate(model: Any, batches: list[Tensor], see: Callable[[int, Tensor], None]) -> float:
+def evaluate(
+    model: Any,
+    batches: list[Tensor],
+    see: Callable[[int, Tensor], None],
+    cache: KVCache | None = None,
+) -> float:
     """Perplexity; `see` gets each batch's log-probabilities (tokens, vocabulary)."""
     total, count = 0.0, 0
     for number, ids in enumerate(batches):
-        logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
+        through: dict[str, Any] = {"use_cache": False}
+        if cache is not None:
+            cache.reset()
+            through = {"past_key_values": cache}
+        logits = model(ids, **through).logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
         see(number, logits)
         total += F.nll_loss(logits, ids[:, 1:].flatten(), reduction="sum").item()
         count += len(logits)
@@ -192,17 +248,19 @@ def pick(statistics: dict[str, Tensor]) -> Sequence[tuple[str, Tensor]]:
 
 def snr(scheme: Scheme, method: str, weight: Tensor, x: Tensor, tested: Tensor) -> float:
     """Decibels of the output, of rounding to nearest or of what calibration does."""
-    layout = scheme.layout(weight.shape[1])
-    count = scheme.int8_groups(layout)
-    noise = Noise(layout, scheme, x.square().mean(0), weight.square().sum(0), ("",), (count,))
+    cut = scheme.layout(weight.shape[1])
+    count = scheme.int8_groups(cut)
+    noise = Noise(cut, scheme, x.square().mean(0), weight.square().sum(0), ("",), (count,))
     noise.add(x)
-    order = noise.best(count)[1] if method == "gptq" else x.square().mean(0).argsort()
-    weight, x, tested = weight[:, order], x[:, order], tested[:, order]
+    transform = transform_of(scheme, noise.best(count)[1])
+    layout = transform.layout
+    weight, x, tested = (transform.apply(one) for one in (weight, x, tested))
     clip = scheme.activation_clip
     if method == "gptq":
         if scheme.activation_bits < 8:
             clip = min(
-                ACTIVATION_CLIPS, key=lambda clip: error(scheme, weight, x[:1024], clip, count)
+                ACTIVATION_CLIPS,
+                key=lambda clip: error(scheme, layout, weight, x[:1024], clip, count),
             )
         rounded_x = fake_quantize(x, scheme, layout, clip, count)
         hessian = rounded_x.t() @ rounded_x
@@ -215,8 +273,10 @@ def snr(scheme: Scheme, method: str, weight: Tensor, x: Tensor, tested: Tensor) 
     return round(10 * math.log10(wanted.square().sum() / (got - wanted).square().sum()), 2)
 
 
-def error(scheme: Scheme, weight: Tensor, x: Tensor, clip: float, count: int) -> float:
-    wrong = fake_quantize(x, scheme, scheme.layout(x.shape[1]), clip, count) - x
+def error(
+    scheme: Scheme, layout: GroupLayout, weight: Tensor, x: Tensor, clip: float, count: int
+) -> float:
+    wrong = fake_quantize(x, scheme, layout, clip, count) - x
     return float((wrong @ weight.t()).square().sum())
 
 

@@ -8,7 +8,6 @@ tensors that each call brings.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,8 +26,8 @@ from ..kernels.packing import (
     pack_weight,
     select_rows,
 )
-from ..kernels.rotate import rotate
 from ..kernels.two_level_linear import two_level_linear
+from .transforms import Transform, deal, transformed_layout
 
 
 class ChoiceLike(Protocol):
@@ -54,7 +53,7 @@ class RecipeLike(Protocol):
     def order(self, weight: Tensor, name: str) -> Tensor: ...
 
     def rounded_weight(
-        self, weight: Tensor, name: str, transposed: bool, layout: GroupLayout
+        self, weight: Tensor, name: str, transposed: bool, cut: GroupLayout, rotation: int
     ) -> PackedWeight | TwoLevelWeight | None: ...
 
     @property
@@ -91,18 +90,16 @@ class WeightRef:
 class ChannelOrder:
     """One activation's channels, ascending in magnitude: for all `weights` that read it.
 
-    With a recipe, the magnitude is calibration's. Without one it is what the weights tell: a
-    channel that a trained model reads through small weights is, as a rule, a large one (measured:
-    as good as the norm's own weight).
+    With a recipe, they are in its order. Without one the weights tell: a channel that a trained
+    model reads through small weights is, as a rule, a large one (measured: as good as the norm's
+    own weight).
 
-    dealt: the outliers stay last, and the others are dealt out over this layout's groups, so that
-        each holds as many large ones as any other. What is rotated within a group wants that: no
-        group then needs a much larger scale than its neighbours, and none wastes its small one.
+    dealt: without a recipe, whose orders are dealt already: how to `deal` them out, if at all.
     """
 
     weights: tuple[WeightRef, ...]
     recipe: RecipeLike | None
-    dealt: GroupLayout | None = None
+    dealt: tuple[GroupLayout, int] | None = None
 
     @property
     def sources(self) -> tuple[Node, ...]:
@@ -118,44 +115,17 @@ class ChannelOrder:
 
     def indices(self, tensors: Mapping[Node, Tensor]) -> Tensor:
         """(K,) int64."""
-        ascending = self._ascending(tensors)
-        return ascending if self.dealt is None else _dealt(ascending, self.dealt)
-
-    def _ascending(self, tensors: Mapping[Node, Tensor]) -> Tensor:
         first = self.weights[0]
         if self.recipe is not None:
             return self.recipe.order(tensors[first.node], first.name).to(tensors[first.node].device)
         columns = [weight.read(tensors).float().square().sum(0) for weight in self.weights]
-        return torch.stack(columns).sum(0).argsort(descending=True, stable=True)
-
-
-def _dealt(ascending: Tensor, layout: GroupLayout) -> Tensor:
-    """Deals the channels before the outliers to the groups, there and back as cards in a draft."""
-    grouped = layout.width - layout.outlier_channels
-    place = torch.arange(grouped, device=ascending.device)
-    group, rank = place // layout.group_size, place % layout.group_size
-    in_group = (grouped - group * layout.group_size).clamp(max=layout.group_size)
-    # a ragged last group takes its share from all along the order
-    turn = (2 * rank + 1).double() / (2 * in_group)
-    back = torch.where(rank % 2 == 0, group, -group)
-    by_seat = back.argsort(stable=True)
-    places = by_seat[turn[by_seat].argsort(stable=True)]
-    order = ascending.clone()
-    order[places] = ascending[:grouped]
-    return order
+        ascending = torch.stack(columns).sum(0).argsort(descending=True, stable=True)
+        return ascending if self.dealt is None else deal(ascending, *self.dealt)
 
 
 @dataclass(frozen=True, eq=False)
 class InputTransform:
-    """What a linear's input goes through before it is quantized, and its weight's columns too.
-
-    x -> rotate(x[order])      weight (N, K) -> rotate(weight[:, order])
-
-    A reorder, a rotation in blocks, or both: orthogonal either way, so that the product stays what
-    it was, and the inverse that belongs into the weight is the transform of its columns.
-
-    cut: of the K channels in order. rotation: channels per block, 0 for none (see rotate.py).
-    """
+    """A `Transform` whose order is known only when a call brings the weights."""
 
     order: ChannelOrder
     cut: GroupLayout
@@ -167,22 +137,15 @@ class InputTransform:
 
     @property
     def layout(self) -> GroupLayout:
-        """The cut of the transformed channels: a turned group has no padding, all of it is used."""
-        width = self.cut.padded_width if self.rotation else self.cut.width
-        return dataclasses.replace(self.cut, width=width)
+        """The cut of the transformed channels."""
+        return transformed_layout(self.cut, self.rotation)
 
     def signature(self) -> Hashable:
         return self.order.signature(), self.cut, self.rotation
 
     def apply(self, rows: Tensor, tensors: Mapping[Node, Tensor]) -> Tensor:
         """Activations or a weight (*, K) -> (*, layout.width), float32 if there is a rotation."""
-        ordered = rows[..., self.order.indices(tensors)]
-        if not self.rotation:
-            return ordered
-        turned: Tensor = rotate(
-            ordered, self.cut.group_size, self.cut.outlier_channels, self.rotation
-        )
-        return turned
+        return Transform(self.order.indices(tensors), self.cut, self.rotation).apply(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,12 +241,13 @@ class PackedLinear:
     def _rounded(
         self, weight: WeightRef, tensors: Mapping[Node, Tensor]
     ) -> PackedWeight | TwoLevelWeight | None:
-        """What calibration made of this very weight, in this layout."""
+        """What calibration made of this very weight, under this transform."""
         recipe = self.transform.order.recipe
         if recipe is None:
             return None
         tensor = tensors[weight.node]
-        return recipe.rounded_weight(tensor, weight.name, weight.transposed, self.transform.layout)
+        cut, rotation = self.transform.cut, self.transform.rotation
+        return recipe.rounded_weight(tensor, weight.name, weight.transposed, cut, rotation)
 
 
 @dataclass(frozen=True, eq=False)

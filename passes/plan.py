@@ -123,7 +123,8 @@ def _transform(
     layout = scheme.layout(linears[0].in_features)
     if not scheme.rotation:
         return InputTransform(ChannelOrder(weights, recipe), layout)
-    return InputTransform(ChannelOrder(weights, recipe, layout), layout, scheme.rotation)
+    dealt = (layout, scheme.int8_groups(layout)) if recipe is None else None
+    return InputTransform(ChannelOrder(weights, recipe, dealt), layout, scheme.rotation)
 
 
 def _note(layout: GroupLayout, scheme: Scheme, choice: ChoiceLike | None) -> str | None:

@@ -56,6 +56,43 @@ def test_any_architecture() -> None:
     assert error_of(model, recipe) < 0.85 * error_of(model, statistics)
 
 
+@pytest.fixture(scope="module")
+def rotated(llama: Any) -> Recipe:
+    return calibrated(llama, scheme="w4a4-rotated")
+
+
+def test_a_rotated_recipe_beats_rounding_to_nearest(llama: Any, rotated: Recipe) -> None:
+    statistics = Recipe(rotated.scheme, rotated.hessian_diagonal, rotated.shapes)
+    assert error_of(llama, rotated) < 0.85 * error_of(llama, statistics)
+    assert len(rotated.rounded) == 7
+
+
+@pytest.mark.parametrize("int8_share", [0.0, 0.6])
+def test_the_graph_has_the_error_that_calibration_measured(int8_share: float) -> None:
+    """One space for weights and activations, whatever the width: 344 is not whole groups."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(344, 256, bias=False)).eval()
+    x = torch.randn(500, 86) @ torch.randn(86, 344)
+    x[:, 3] *= 30.0
+    for rotation in (None, 64):
+        scheme = Scheme(rotation=rotation, int8_share=int8_share)
+        recipe = atom_compile.calibrate(model, [x], scheme, progress=False)
+        (choice,) = recipe.layers.values()
+        assert choice.error is not None and (choice.int8_groups > 0) == (int8_share > 0)
+        got = reference_output(model, x, recipe=recipe, strict=True)
+        assert relative_error(got, model(x)) ** 2 == pytest.approx(choice.error, rel=1e-3)
+        assert choice.error < 0.01
+
+
+def test_weights_rounded_in_another_space_are_refused(llama: Any, rotated: Recipe) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight, cut = llama.get_parameter(name), rotated.scheme.layout(352)
+    assert rotated.rounded_weight(weight, name, False, cut, 128) is not None
+    with pytest.raises(AssertionError, match="another transform"):
+        rotated.rounded_weight(weight, name, False, cut, 0)
+    assert not rotated.for_scheme(Scheme()).rounded
+
+
 def test_plain_and_fused_graphs_agree(llama: Any, recipe: Recipe) -> None:
     """Also with rows that pack in the order of the next linear."""
     fused, plain = (
@@ -65,7 +102,11 @@ def test_plain_and_fused_graphs_agree(llama: Any, recipe: Recipe) -> None:
     assert relative_error(fused, plain) < 1e-4
 
 
-def test_saved_and_loaded_it_gives_the_same(llama: Any, recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["recipe", "rotated"])
+def test_saved_and_loaded_it_gives_the_same(
+    llama: Any, which: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    recipe: Recipe = request.getfixturevalue(which)
     recipe.save(tmp_path / "recipe.safetensors")
     loaded = Recipe.load(tmp_path / "recipe.safetensors")
     assert loaded.layers == recipe.layers

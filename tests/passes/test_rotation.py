@@ -13,7 +13,8 @@ from atom_compile import KVCache, KVScheme, Scheme
 from atom_compile.backend import bind_inputs
 from atom_compile.errors import OptionError
 from atom_compile.kernels.packing import GroupLayout
-from atom_compile.passes.derived import PackedLinear, _dealt
+from atom_compile.passes.derived import PackedLinear
+from atom_compile.passes.transforms import deal
 from atom_compile.store import Dispatcher
 
 from ..capturing import (
@@ -100,7 +101,7 @@ def test_any_width(width: int) -> None:
 
 
 def test_channels_are_dealt_out_there_and_back() -> None:
-    order = _dealt(torch.arange(20), GroupLayout(20, 4, 4))
+    order = deal(torch.arange(20), GroupLayout(20, 4, 4))
     assert order.view(5, 4).tolist() == [
         [0, 7, 8, 15],
         [1, 6, 9, 14],
@@ -112,7 +113,7 @@ def test_channels_are_dealt_out_there_and_back() -> None:
 
 @pytest.mark.parametrize("layout", [GroupLayout(344, 128, 48), GroupLayout(1376, 64, 16)])
 def test_a_ragged_group_gets_its_share_of_all_sizes(layout: GroupLayout) -> None:
-    order = _dealt(torch.arange(layout.width), layout)
+    order = deal(torch.arange(layout.width), layout)
     assert order.sort().values.tolist() == list(range(layout.width))
     grouped = layout.width - layout.outlier_channels
     assert order[grouped:].tolist() == list(range(grouped, layout.width))
