@@ -112,9 +112,9 @@ class AtomLM(TemplateLM):  # type: ignore[misc]
             scored = self._score([pairs[number] for number in numbers])
             results.update(zip(numbers, scored, strict=True))
         found = [results[number] for number in range(len(pairs))]
-        for (key, *_), one in zip(requests, found, strict=True):
-            if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, one)
+        for request, one in zip(requests, found, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], one)
         return found
 
     def _score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
