@@ -263,9 +263,11 @@ def test_eval_prints_json_and_writes_files(tmp_path: Path) -> None:
     text.write_text("The sea was calm, and the ship lay still.\n" * 20)
     result = CliRunner(env=WIDE).invoke(
         app,
-        ["eval", str(MODEL), "--text", str(text), "--scheme", "w4a8", "--window", "32"]
-        + ["--limit", "2", "--no-layers", "--json", "--out", str(tmp_path / "out")],
-    )
+        [
+            "eval", str(MODEL), "--text", str(text), "--scheme", "w4a8", "--window", "32",
+            "--limit", "2", "--no-layers", "--json", "--out", str(tmp_path / "out"),
+        ],
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     exact, quantized = json.loads(result.stdout)["variants"]
     assert exact["perplexity"] > 1.0 and quantized["name"] == "w4a8"
