@@ -41,7 +41,7 @@ from .store import Dispatcher
 _MOST_LAYERS_SHOWN = 32
 _LAYER_WINDOWS = 4
 _LAYER_NAME_WIDTH = 34
-_SCHEMES_IN_A_TABLE = 3  # 80 columns
+_SCHEMES_IN_A_TABLE = 2  # 80 columns
 
 
 @dataclass(frozen=True)
@@ -405,7 +405,11 @@ def _layer_table(variants: list[Variant], most: int | None) -> Table:
         caption = f"the {most} worst of {len(names)}; {caption}"
         worst = sorted(names, key=functools.partial(_worst, measured))[:most]
         names = [name for name in names if name in worst]
-    headers = [f"{variant.name}\n{what}" for variant in variants for what in ("alone", "all")]
+    headers = [
+        "\n".join([*variant.name.replace(" + ", " \n+ ").split(" \n"), what])
+        for variant in variants
+        for what in ("alone", "all")
+    ]
     title = "signal over noise of the linears' outputs, dB"
     table = make_table(["linear"], headers, title=title, caption=caption)
     for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def run(*arguments: object) -> tuple[int, str]:
         ("bench", ["--batch", "--length", "--only", "--peers", "--no-peers"]),
         ("bench", ["--layers", "--phases", "--variants", "--warm-cache", "--html", "--json"]),
         ("plot", ["--out", "--html"]),
+        ("eval", ["--text", "--dataset", "--tasks", "--task-dir", "--scheme", "--recipe", "--out"]),
+        ("eval", ["--kv-cache", "--window", "--stride", "--limit", "--batch", "--no-layers"]),
+        ("eval", ["--compile", "--no-compile", "--json"]),
         ("tune", ["--model", "--tokens", "--scheme", "--out", "--quick", "--again"]),
     ],
 )
@@ -46,7 +50,8 @@ def test_help_describes_every_option(command: str, options: list[str]) -> None:
 def test_help_lists_the_commands() -> None:
     status, output = run("--help")
     assert status == 0
-    assert all(command in output for command in ("explain", "calibrate", "bench", "plot", "tune"))
+    commands = ("explain", "calibrate", "bench", "plot", "eval", "tune")
+    assert all(command in output for command in commands)
 
 
 def test_a_missing_model_directory_is_one_line(tmp_path: Path) -> None:
@@ -224,3 +229,49 @@ def test_calibrate_refuses_a_short_or_missing_text(tmp_path: Path) -> None:
     status, output = run(*arguments)
     assert status == 2
     assert "4 tokens, fewer than one window of 512" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "eval takes --text FILE or --dataset NAME, or --tasks NAMES"),
+        (["--text", "a.txt", "--dataset", "b"], "--text or --dataset, not both"),
+        (["--text", "a.txt", "--task-dir", "b"], "--task-dir goes with --tasks"),
+        (["--text", "a.txt", "--scheme", "w4a4,w4"], "unknown scheme 'w4'"),
+        (["--text", "nowhere.txt"], "nowhere.txt is no file; give a text to evaluate on"),
+        (["--text", __file__, "--window", 4096], "positions end at 2048"),
+        (["--text", __file__, "--window", 64, "--stride", 65], "the stride is 65"),
+        (["--text", __file__, "--kv-cache", "kv5"], "unknown KV scheme 'kv5'"),
+    ],
+)
+def test_eval_refuses_what_makes_no_sense(arguments: list[object], message: str) -> None:
+    status, output = run("eval", MODEL, *arguments)
+    assert status == 2
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_eval_without_lm_eval_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "atom_compile.lm_eval_adapter", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    status, output = run("eval", MODEL, "--tasks", "arc_easy")
+    assert status == 2
+    assert "--tasks needs the package lm-eval" in output
+
+
+def test_eval_prints_json_and_writes_files(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The sea was calm, and the ship lay still.\n" * 20)
+    result = CliRunner(env=WIDE).invoke(
+        app,
+        [
+            "eval", str(MODEL), "--text", str(text), "--scheme", "w4a8", "--window", "32",
+            "--limit", "2", "--no-layers", "--json", "--out", str(tmp_path / "out"),
+        ],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    exact, quantized = json.loads(result.stdout)["variants"]
+    assert exact["perplexity"] > 1.0 and quantized["name"] == "w4a8"
+    written = sorted(path.suffix for path in (tmp_path / "out").iterdir())
+    assert written == [".json", ".png", ".txt"]
