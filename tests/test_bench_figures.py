@@ -30,7 +30,11 @@ from atom_compile.cli import app
 from atom_compile.errors import OptionError, ReportError
 
 MEASURED = Path(__file__).parents[1] / "benchmarks"
-FILES = sorted(MEASURED.glob("*.json"))
+FILES = sorted(
+    path
+    for kind in ("llama3-8b-*", "accuracy-*", "*-model-*", "kv-cache-*", "rotations-*")
+    for path in MEASURED.glob(f"{kind}.json")
+)
 LAYER = MEASURED / "llama3-8b-w4a4-layer-nvidia-h100-80gb-hbm3.json"
 OPERATORS = MEASURED / "llama3-8b-w4a4-operators-nvidia-h100-80gb-hbm3.json"
 WHERE = {"device": "a device", "torch": "2.13.0", "triton": "3.6.0", "date": "2026-11-22T00:00:00"}
@@ -95,9 +99,9 @@ def test_every_measured_file_is_read_in_full(path: Path) -> None:
             assert kept == pytest.approx({name: was[name] for name in kept}, nan_ok=True)
     else:
         assert isinstance(result, AccuracyResult)
-        assert path.read_text().count('"ratio"') == len(result.rows) + (
-            "forward_of_512_tokens" in path.read_text()
-        )
+        ratios = re.findall(r'"ratio": ([\d.]+)', path.read_text())
+        assert {str(row.ratio) for row in result.rows} <= set(ratios)
+        assert len(result.rows) == len(ratios) - path.read_text().count("eager_ms")
 
 
 def test_speed_has_a_panel_per_operator_and_a_line_per_variant() -> None:
@@ -114,8 +118,8 @@ def test_speed_has_a_panel_per_operator_and_a_line_per_variant() -> None:
     speedups = [result.speedup(row) for row in fused]
     assert list(lines["INT4, fused operators"].get_ydata()) == pytest.approx(speedups)
     assert set(lines["int8"].get_ydata()) == {2.0}
-    markers = {line.get_marker() for name, line in lines.items() if "operators" in str(name)}
-    assert len(markers) == 3  # none on the floor
+    markers = [line.get_marker() for name, line in lines.items() if "oper" in str(name)]
+    assert len(set(markers)) == len(markers) == 3  # plain, fused, and none on the floor
 
 
 def test_layer_has_a_bar_per_variant_and_count() -> None:
@@ -171,7 +175,8 @@ def test_memory_is_that_of_the_packed_weights_and_caches() -> None:
 
 
 def test_accuracy_of_every_scheme_and_against_speed() -> None:
-    results = [load(path) for path in FILES]
+    files = [path for path in FILES if not path.stem.startswith("llama3")]
+    results = [load(path) for path in (*files, LAYER, OPERATORS)]
     figure = accuracy_figure(results)
     assert figure is not None
     every, *speeds = shown_panels(figure)
@@ -193,6 +198,18 @@ def test_accuracy_of_every_scheme_and_against_speed() -> None:
     found = {line.get_xdata()[0] for line in speeds[0].get_lines() if line.get_label() != "float32"}
     assert speedup in found
     assert accuracy_figure([load(LAYER)]) is None
+
+
+def test_accuracy_rows_by_name(tmp_path: Path) -> None:
+    path = MEASURED / "accuracy-prose-llama-25m-cpu.json"
+    data = {key: value for key, value in json.loads(path.read_text()).items() if key != "runs"}
+    named = {"w4a4-rotated + kv4": {"ratio": 1.04}, "w4a8, nearest": {"ratio": 1.01}}
+    (tmp_path / "named.json").write_text(json.dumps(data | {"rows": named}))
+    rows = read(tmp_path / "named.json").rows
+    assert [(row.scheme, row.method, row.ratio) for row in rows] == [
+        ("w4a4-rotated kv4", "gptq", 1.04),
+        ("w4a8", "nearest", 1.01),
+    ]
 
 
 def test_a_scheme_of_a_model_with_a_speed_is_drawn_at_it() -> None:

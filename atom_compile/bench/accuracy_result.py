@@ -59,7 +59,7 @@ def read_accuracy(data: Data) -> AccuracyResult | None:
     Raises KeyError, TypeError or AttributeError if it is theirs and damaged.
     """
     rows: Iterator[AccuracyRow]
-    if "calibration" in data and "runs" in data:
+    if "calibration" in data and ("runs" in data or "rows" in data):
         rows = _calibrated_rows(data)
     elif "cpus" in data and "runs" in data:
         rows = _reference_rows(data)
@@ -77,7 +77,8 @@ def read_accuracy(data: Data) -> AccuracyResult | None:
 
 
 def _calibrated_rows(data: Data) -> Iterator[AccuracyRow]:
-    for run in data["runs"]:
+    named = [_name_run(name, run) for name, run in data.get("rows", {}).items()]
+    for run in [*data.get("runs", ()), *named]:
         yield AccuracyRow(
             model=data["model"],
             outliers=data["outliers"],
@@ -88,6 +89,13 @@ def _calibrated_rows(data: Data) -> Iterator[AccuracyRow]:
             ratio=run["ratio"],
             perplexity=data["float32"] * run["ratio"],
         )
+
+
+def _name_run(name: str, run: Data) -> Data:
+    """Of "w4a4 + kv4, nearest"; without the last word weights were rounded by GPTQ."""
+    numbers, nearest, _ = name.partition(", nearest")
+    scheme = numbers.replace(" + ", " ")
+    return {**run, "scheme": scheme, "method": "nearest" if nearest else "gptq"}
 
 
 def _reference_rows(data: Data) -> Iterator[AccuracyRow]:

@@ -14,7 +14,8 @@ from atom_compile.bench.saved import load_all
 
 from .conftest import NETWORK, Open
 
-MEASURED = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.json"))
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+MEASURED = sorted((*FOLDER.glob("llama3-8b-*.json"), *FOLDER.glob("*-model-*.json")))
 
 
 @pytest.fixture(scope="module")
