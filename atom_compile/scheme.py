@@ -99,6 +99,7 @@ class Scheme:
         `w4a4`: Atom. `w4a4-rotated`: the same with rotated channels, half the loss.
         `w4ax`: COMET, at most a quarter of the blocks of channels in INT8.
         `w4a8`: INT8 activations without clip, 48 outlier channels.
+        `w4a8-two-level`: the same with one scale a token, so that sums stay integers.
         """
         if name not in PRESETS:
             raise OptionError(unknown("scheme", name, PRESETS))
@@ -128,6 +129,8 @@ PRESETS = {
     "w4a4-rotated": Scheme(rotation=128, activation_clip=0.8, weight_clip=0.8),
     # INT8 groups need fewer outlier channels; the fewer share one scale, the better they are kept
     "w4a8": Scheme(activation_bits=8, outlier_channels=48, activation_clip=1.0),
+    # what is too large for the groups' one scale must be among the outliers
+    "w4a8-two-level": Scheme(activation_bits=8, activation_clip=1.0, two_level=True),
 }
 
 
