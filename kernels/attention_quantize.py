@@ -186,7 +186,7 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
     order, bits, group_size, outlier_channels, clip, *defaults = arguments[_ATTENDING:]
-    int8_groups, rotation, per_token = *defaults, *(0, 0, False)[len(defaults) :]
+    int8_groups, rotation, per_token = (*defaults, 0, 0, 0)[:3]
     attended, partial = attention.launch_partial(Arguments(*arguments[:_ATTENDING]), tiling)
     B, Q, num_heads, D = attended.shape
     if partial is not None and partial.sums.shape[0] * num_heads * D > _MOST_FUSED:
