@@ -65,7 +65,7 @@ ModelDir = Annotated[
     Path,
     typer.Argument(help="A directory with a causal language model that transformers can load."),
 ]
-SchemeName = Annotated[str, typer.Option(help="What the numbers are: w4a4, w4ax or w4a8.")]
+SchemeName = Annotated[str, typer.Option(help="What the numbers are: w4a4, w4a8 and so on.")]
 
 
 @app.command()
@@ -81,7 +81,8 @@ def explain(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w4a4, w4a4-rotated, w4ax or w4a8; by default the recipe's own, or w4a4."
+            help="w4a4, w4a4-rotated, w4ax, w4a8 or w4a8-two-level; "
+            "by default the recipe's own, or w4a4."
         ),
     ] = None,
     recipe: Annotated[

@@ -332,7 +332,7 @@ def describe(M: int, N: int, layout: GroupLayout, device: torch.device) -> str:
     if device.type != "cuda":
         return "reference"
     sizes = layout.num_groups, layout.group_size, layout.outlier_channels
-    return path_of(choose_tiling(M, N, *sizes, device))
+    return path_of(choose_tiling(M, N, *sizes, device, layout.per_token))
 
 
 def path_of(tiling: Tiling | HopperTiling) -> str:

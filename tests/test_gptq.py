@@ -25,7 +25,12 @@ def output_error(weight: Tensor, rounded: Tensor, x: Tensor) -> float:
 @settings(deadline=None, max_examples=12, derandomize=True)
 @given(
     st.sampled_from(
-        [GroupLayout(256, 64, 32), GroupLayout(344, 128, 48), GroupLayout(256, 128, 0)]
+        [
+            GroupLayout(256, 64, 32),
+            GroupLayout(344, 128, 48),
+            GroupLayout(256, 128, 0),
+            GroupLayout(344, 128, 48, per_token=True),
+        ]
     ),
     st.sampled_from([3, 4]),
     st.integers(0, 2**32 - 1),
@@ -35,6 +40,7 @@ def test_output_error_is_smaller_than_of_rounding_to_nearest(
 ) -> None:
     torch.manual_seed(seed)
     weight, x = torch.randn(24, layout.width), correlated(1024, layout.width)
+    bits = 4 if layout.per_token else bits
     packed, note = round_weight(weight, x.t() @ x / len(x), layout, bits)
     nearest = dequantize_weight(pack_weight(weight, layout, bits, 0.9), layout)
     error = output_error(weight, dequantize_weight(packed, layout), x)

@@ -114,6 +114,8 @@ def linear_bytes(shape: Shape, numbers: torch.dtype | Scheme) -> int:
 
 
 def _packed_bytes(N: int, layout: GroupLayout) -> int:
-    """Of a `PackedWeight`: codes and bfloat16 scales, INT8 outliers and float32 scales."""
-    grouped = layout.num_groups * (layout.group_size // 2 + 2)
-    return N * (grouped + layout.outlier_channels + 4)
+    """Of a packed weight: codes and scales of the groups, INT8 outliers and float32 scales."""
+    # bfloat16; in two levels INT8, and float32 for the row
+    group_scale, row_scale = (1, 4) if layout.per_token else (2, 0)
+    grouped = layout.num_groups * (layout.group_size // 2 + group_scale)
+    return N * (grouped + row_scale + layout.outlier_channels + 4)

@@ -20,8 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels import gated_quantize, linear, norm_quantize, quantize
-from ..kernels.packing import PackedWeight, dequantize, pack_weight
+from ..kernels import gated_quantize, linear, norm_quantize, quantize, two_level_linear
+from ..kernels.packing import (
+    PackedWeight,
+    TwoLevelWeight,
+    dequantize,
+    pack_two_level,
+    pack_weight,
+)
 from ..kernels.reorder import reorder
 from .cases import OTHER_ROUNDING, SAME_ROUNDING, Case, Draw, Setting, checked_tokens
 from .peers import PEERS, peer_case, peer_weights
@@ -49,12 +55,13 @@ def operator_cases(setting: Setting) -> Iterator[Case]:
                 yield from cases(setting, M)
 
 
-def _quantize_numbers(setting: Setting, width: int) -> tuple[int, int, int, float, int, int]:
+def _quantize_numbers(setting: Setting, width: int) -> tuple[Any, ...]:
     """The last arguments of every quantize operator."""
     scheme, layout = setting.scheme, setting.scheme.layout(width)
     bits, clip = scheme.activation_bits, scheme.activation_clip
     eights, rotation = scheme.int8_groups(layout), scheme.rotation or 0
-    return bits, layout.group_size, layout.outlier_channels, clip, eights, rotation
+    cut = layout.group_size, layout.outlier_channels
+    return bits, *cut, clip, eights, rotation, layout.per_token
 
 
 def _linear_cases(setting: Setting, op: str, N: int, K: int) -> Iterator[Case]:
@@ -65,8 +72,10 @@ def _linear_cases(setting: Setting, op: str, N: int, K: int) -> Iterator[Case]:
         return setting.weight_draw(index).normal(N, K)
 
     @functools.cache
-    def packed(index: int) -> PackedWeight:
+    def packed(index: int) -> PackedWeight | TwoLevelWeight:
         weight = setting.weight_draw(index).normal(N, K)
+        if layout.per_token:
+            return pack_two_level(weight, layout)
         return pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
 
     of_peers = peer_weights(setting, N, K)
@@ -83,14 +92,18 @@ def _linear_cases_at(
     N: int,
     K: int,
     dense: Callable[[int], Tensor],
-    packed: Callable[[int], PackedWeight],
+    packed: Callable[[int], PackedWeight | TwoLevelWeight],
 ) -> list[Case]:
     dtype, layout, numbers = setting.dtype, setting.scheme.layout(K), _quantize_numbers(setting, K)
     checked = checked_tokens(setting, M)
+    product: Any = two_level_linear if layout.per_token else linear
+    multiply = two_level_linear.two_level_linear if layout.per_token else linear.linear
+    called = "atom.two_level_linear" if layout.per_token else "atom.linear"
 
     def reference(codes: Tensor, scale: Tensor, *packed: Tensor) -> Tensor:
         arguments: tuple[Any, ...] = (codes[checked], scale[:, checked], *packed, None, None, dtype)
-        return linear.reference(*arguments)
+        out: Tensor = product.reference(*arguments)
+        return out
 
     case = functools.partial(
         Case, op=op, M=M, N=N, K=K, observe=lambda out, *_: out[checked], limit=SAME_ROUNDING
@@ -112,21 +125,21 @@ def _linear_cases_at(
         ),
         ours(
             variant="unfused",
-            runs="atom.quantize, atom.linear",
+            runs=f"atom.quantize, {called}",
             inputs=lambda draw: (draw.normal(M, K), *packed(draw.index)),
-            function=lambda x, *packed: linear.linear(
+            function=lambda x, *packed: multiply(
                 *quantize.quantize(x, *numbers), *packed, None, None, dtype
             ),
             reference=lambda x, *packed: reference(*quantize.reference(x, *numbers), *packed),
         ),
         ours(
             variant="fused",
-            runs="atom.linear, its input arriving quantized",
+            runs=f"{called}, its input arriving quantized",
             inputs=lambda draw: (
                 *quantize.reference(draw.normal(M, K), *numbers),
                 *packed(draw.index),
             ),
-            function=lambda *inputs: linear.linear(*inputs, None, None, dtype),
+            function=lambda *inputs: multiply(*inputs, None, None, dtype),
             reference=reference,
         ),
     ]

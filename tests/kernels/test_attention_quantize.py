@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ def launch(
     args: Arguments,
     order: Tensor | None,
     splits: int | None = None,
-    numbers: tuple[float, ...] = NUMBERS,
+    numbers: tuple[Any, ...] = NUMBERS,
 ) -> tuple[Tensor, Tensor]:
     device = kernel_device()
     tiling = None if splits is None else DecodeTiling(16, splits, 1, 1)
@@ -85,10 +87,10 @@ def test_many_splits_are_combined_before(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_int8_groups(splits: int) -> None:
+@pytest.mark.parametrize("numbers", [(*NUMBERS, 2), (8, 64, 16, 1.0, 0, 0, True)])
+def test_int8_groups_and_a_scale_per_token(splits: int, numbers: tuple[Any, ...]) -> None:
     args = arguments([40], heads=(4, 2))
     order = random_order(256)
-    numbers = (*NUMBERS, 2)
     want = attention_quantize.reference(*args, order, *numbers)
     assert_quantized_alike(launch(args, order, splits, numbers), want, rtol=1e-3)
 

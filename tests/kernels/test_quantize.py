@@ -63,6 +63,38 @@ def test_kernel_with_groups_of_two_precisions(
     assert_quantized_alike(reordered, quantize.reorder_reference(x, order, *numbers))
 
 
+@few_examples
+@given(tokens, layouts, dtypes, st.sampled_from([0, 64]), seeds)
+def test_kernel_with_a_scale_per_token(
+    tokens: int, layout: GroupLayout, dtype: torch.dtype, rotation: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, layout.width, dtype=dtype)
+    order = random_order(layout.width)
+    numbers = (8, layout.group_size, layout.outlier_channels, 1.0, 0, rotation, True)
+    x_on_device, order_on_device = x.to(kernel_device()), order.to(kernel_device())
+    with poisoned_memory():
+        plain = quantize.launch(x_on_device, *numbers)
+        reordered = quantize.reorder_launch(x_on_device, order_on_device, *numbers)
+    assert_quantized_alike(plain, quantize.reference(x, *numbers))
+    assert_quantized_alike(reordered, quantize.reorder_reference(x, order, *numbers))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.parametrize(("channel", "row"), [(0, 0), (343, 1)])
+def test_a_scale_per_token(channel: int, row: int) -> None:
+    x = torch.randn(3, 344)
+    numbers = (8, 128, 16, 1.0, 0, 0, True)
+    x[1, channel] = torch.nan
+    codes, scale = quantize.launch(x.to(kernel_device()), *numbers)
+    assert_quantized_alike((codes, scale), quantize.reference(x, *numbers))
+    assert codes.shape == (3, 400) and scale.shape == (2, 3)
+    assert scale.isnan().nonzero().tolist() == [[row, 1]]
+    back = dequantize(codes.cpu(), scale.cpu(), GroupLayout(344, 128, 16, per_token=True))
+    largest = x[::2].abs().amax(1, keepdim=True)
+    assert ((back[::2] - x[::2]).abs() <= 0.51 / 127 * largest).all()
+
+
 def test_int8_groups_are_the_last_ones_before_the_outliers() -> None:
     x = torch.randn(5, 344)
     narrow = quantize.reference(x, 4, 128, 16, 0.9)
@@ -111,6 +143,7 @@ def test_operators_pass_opcheck() -> None:
     x = torch.randn(2, 3, 344)
     torch.library.opcheck(torch.ops.atom.quantize.default, (x, 4, 128, 16, 0.9))
     torch.library.opcheck(torch.ops.atom.quantize.default, (x, 4, 128, 16, 0.9, 2))
+    torch.library.opcheck(torch.ops.atom.quantize.default, (x, 8, 128, 16, 1.0, 0, 0, True))
     torch.library.opcheck(
         torch.ops.atom.reorder_quantize.default, (x, random_order(344), 4, 128, 16, 0.9)
     )
@@ -124,3 +157,7 @@ def test_kernel_on_real_shapes(tokens: int, width: int) -> None:
     order = random_order(width).cuda()
     got = quantize.reorder_launch(x, order, 4, 128, 128, 0.9)
     assert_quantized_alike(got, quantize.reorder_reference(x, order, 4, 128, 128, 0.9))
+    for rotation in (0, 128):
+        numbers = (8, 128, 128, 1.0, 0, rotation, True)
+        got = quantize.reorder_launch(x, order, *numbers)
+        assert_quantized_alike(got, quantize.reorder_reference(x, order, *numbers))

@@ -19,8 +19,7 @@ MULTIPLY: Callable[..., Tensor] = linear.multiply
 
 def per_token(x: Tensor, layout: GroupLayout) -> tuple[Tensor, Tensor]:
     """INT8 codes with one scale for all channels in groups and one for the outliers."""
-    group = 1 << (layout.grouped_width - 1).bit_length()
-    return quantize.reference(x, 8, group, layout.outlier_channels, 1.0)
+    return quantize.reference(x, 8, layout.group_size, layout.outlier_channels, 1.0, per_token=True)
 
 
 @few_examples

@@ -94,7 +94,7 @@ def test_names_and_reasons() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a4-rotated"])
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a8-two-level", "w4a4-rotated"])
 def test_plain_and_fused_graphs_agree(scheme: str, dtype: torch.dtype) -> None:
     for model in (tiny_llama(), HandWritten(norm=nn.LayerNorm, bias=True, gated=False).eval()):
         model, ids = model.to(dtype), token_batch()

@@ -51,12 +51,15 @@ def test_before_and_after() -> None:
     model, x = Middle().eval(), torch.randn(5, 256)
     (plain,) = rewrites(model, x, scheme=ROTATED, fuse=False)
     assert calls(plain, "rotate") == [(128, 32, 128), (128, 48, 128)]
-    assert calls(plain, "quantize") == [(4, 128, 32, 0.8, 0), (4, 128, 48, 0.8, 0)]
+    assert calls(plain, "quantize") == [
+        (4, 128, 32, 0.8, 0, 0, False),
+        (4, 128, 48, 0.8, 0, 0, False),
+    ]
     assert len(calls(plain, "reorder")) == 2
     (fused,) = rewrites(model, x, scheme=ROTATED)
-    assert calls(fused, "reorder_quantize") == [(4, 128, 32, 0.8, 0, 128)]
+    assert calls(fused, "reorder_quantize") == [(4, 128, 32, 0.8, 0, 128, False)]
     # the reorder of the second went into the rows of the first; a tanh lets no rotation pass
-    assert calls(fused, "quantize") == [(4, 128, 48, 0.8, 0, 128)]
+    assert calls(fused, "quantize") == [(4, 128, 48, 0.8, 0, 128, False)]
     assert not calls(fused, "rotate") and not calls(fused, "reorder")
 
 
