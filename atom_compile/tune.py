@@ -46,8 +46,7 @@ class Size(NamedTuple):
     K: int
 
 
-# a kernel's path, and how it is launched
-Candidate = tuple[str, linear.Tiling | linear_hopper.HopperTiling]
+Candidate = linear.Tiling | linear_hopper.HopperTiling
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,7 @@ def _tune_size(
 ) -> Outcome:
     N, num_groups, group_size, M = _key_of(setting, size)
     outliers = setting.scheme.layout(size.K).outlier_channels
-    tiling = linear.fastest_tiling(M, N, num_groups, group_size, outliers, setting.device)
-    default = linear.path_of(tiling), tiling
+    default = linear.fastest_tiling(M, N, num_groups, group_size, outliers, setting.device)
     others = linear.candidates(M, N, num_groups)[: _QUICK_CANDIDATES if quick else None]
     candidates = list(dict.fromkeys([default, *others]))
     contest = _Contest(setting, size)
@@ -147,8 +145,8 @@ def _tune_size(
         "num_groups": num_groups,
         "group_size": group_size,
         "M": M,
-        "path": best[0],
-        "tiling": best[1]._asdict(),
+        "path": linear.path_of(best),
+        "tiling": best._asdict(),
         "us": round(final[best], 2),
         "default_us": round(final[default], 2),
     }
@@ -171,9 +169,8 @@ class _Contest:
 
     def time(self, candidate: Candidate, seconds: float) -> float | None:
         """Microseconds; None if it does not run on this device or is wrong."""
-        _, tiling = candidate
         launch: Callable[..., Tensor] = linear.launch
-        last = None, None, self._setting.dtype, tiling
+        last = None, None, self._setting.dtype, candidate
         calls = [functools.partial(launch, *given, *last) for given in self._inputs]
         try:
             off = calls[0]()[self._checked].float() - self._expected

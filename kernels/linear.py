@@ -276,15 +276,15 @@ def default_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> Til
     return Tiling(block_n, block_m, 1 << (split_k.bit_length() - 1))
 
 
-def candidates(M: int, N: int, num_groups: int) -> list[tuple[str, Tiling | HopperTiling]]:
-    """(path, tiling) that tuning measures, the likeliest first: around what serves such sizes."""
+def candidates(M: int, N: int, num_groups: int) -> list[Tiling | HopperTiling]:
+    """What tuning measures, the likeliest first: around what serves such sizes."""
     block_m = min(max(8, triton.next_power_of_2(M)), 128)
     widths = [block for block in (64, 128, 32, 256) if block * block_m <= 128 * 128]
     heights = [block_m] if block_m < 128 else [128, 64]
     splits = [split for split in (1, 2, 4, 8, 16) if split <= num_groups // 2 and split * M <= 2048]
     hopper = linear_hopper.tilings(two_level=False) if M > _FEW_TOKENS else []
-    return [(linear_hopper.PATH, tiling) for tiling in hopper] + [
-        (PATH, Tiling(block_n, height, split_k, num_warps, num_stages))
+    return hopper + [
+        Tiling(block_n, height, split_k, num_warps, num_stages)
         for num_warps in (4, 8)
         for num_stages in (3, 4, 2, 5)
         for height in heights

@@ -31,7 +31,7 @@ def _nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tuning, "measure", measure)
     monkeypatch.setattr(tuning, "copies_past_cache", lambda *_: 1)
-    few = [(linear.PATH, linear.Tiling(32, 16, 1, num_warps=warps)) for warps in (2, 8)]
+    few = [linear.Tiling(32, 16, 1, num_warps=warps) for warps in (2, 8)]
     monkeypatch.setattr(linear, "candidates", lambda *_: few)
 
 
