@@ -23,9 +23,9 @@ from .attention_prefill import PrefillTiling
 from .attention_tiles import Arguments, device_of
 from .kv_cache import CACHE
 from .library import define
-from .packing import OUTLIER_BITS, GroupLayout
+from .packing import OUTLIER_BITS
 from .quantize import NUMBERS
-from .quantize_rows import _quantize, _store_groups
+from .quantize_rows import Numbers, _quantize, _store_groups
 from .rotate import outlier_block, rotated
 
 
@@ -46,20 +46,13 @@ def reference(
     attention_scale: float,
     softcap: float,
     order: Tensor | None,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in attention.py -> codes (B, Q, padded_width) int8, scale (num_scales, B, Q)."""
     cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
     attended = attention.reference(
         query, *cache, position, mask, kv_bits, window, attention_scale, softcap
     )
-    numbers = (bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token)
     x = attended.transpose(1, 2).flatten(2)
     if order is None:
         return quantize.reference(x, *numbers)
@@ -185,26 +178,16 @@ def launch(
     *arguments: Any, tiling: DecodeTiling | PrefillTiling | None = None
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
-    order, bits, group_size, outlier_channels, clip, *defaults = arguments[_ATTENDING:]
-    int8_groups, rotation, per_token = (*defaults, 0, 0, 0)[:3]  # the last have defaults
+    order, numbers = arguments[_ATTENDING], Numbers(*arguments[_ATTENDING + 1 :])
+    bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token = numbers
     attended, partial = attention.launch_partial(Arguments(*arguments[:_ATTENDING]), tiling)
     B, Q, num_heads, D = attended.shape
     if partial is not None and partial.sums.shape[0] * num_heads * D > _MOST_FUSED:
         launch_combine(partial, attended)
         partial = None
     if partial is None:
-        return quantize_rows.launch(
-            attended.flatten(2),
-            order,
-            bits=bits,
-            group_size=group_size,
-            outlier_channels=outlier_channels,
-            clip=clip,
-            int8_groups=int8_groups,
-            rotation=rotation,
-            per_token=per_token,
-        )
-    layout = GroupLayout(num_heads * D, group_size, outlier_channels, per_token)
+        return quantize_rows.launch(attended.flatten(2), order, numbers)
+    layout = numbers.layout(num_heads * D)
     codes = attended.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
     scale = attended.new_empty(layout.num_scales, B, Q, dtype=torch.float32)
     splits = partial.sums.shape[0]

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import quantize, quantize_rows
 from .library import define
+from .quantize_rows import Numbers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
@@ -31,13 +33,7 @@ def reference(
     up: Tensor | None,
     order: Tensor | None,
     activation: str,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     """gate and up (*, K), `activation`: a key of ACTIVATIONS, order (K,) int32."""
     y = ACTIVATIONS[activation](gate)
@@ -45,7 +41,6 @@ def reference(
         y = y * up
     if order is not None:
         y = y.index_select(-1, order)
-    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
     return quantize.reference(y, *numbers)
 
 
@@ -54,15 +49,8 @@ def fake(
     up: Tensor | None,
     order: Tensor | None,
     activation: str,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
-    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
     return quantize.fake(gate, *numbers)
 
 
@@ -71,26 +59,14 @@ def launch(
     up: Tensor | None,
     order: Tensor | None,
     activation: str,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     return quantize_rows.launch(
         gate,
         order,
+        Numbers(*numbers),
         up=up,
         activation=activation,
-        bits=bits,
-        group_size=group_size,
-        outlier_channels=outlier_channels,
-        clip=clip,
-        int8_groups=int8_groups,
-        rotation=rotation,
-        per_token=per_token,
     )
 
 

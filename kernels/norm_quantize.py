@@ -7,11 +7,14 @@ codes, scale = quantize(y[order])
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import quantize, quantize_rows
 from .library import define
+from .quantize_rows import Numbers
 
 
 def norm(
@@ -46,19 +49,12 @@ def reference(
     center: bool,
     round_normed: bool,
     dtype: torch.dtype,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     """x (*, K), weight and bias (K,), order (K,) int32; `dtype`: what the norm would return."""
     y = norm(x, weight, bias, eps, center, round_normed, dtype)
     if order is not None:
         y = y.index_select(-1, order)
-    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
     return quantize.reference(y, *numbers)
 
 
@@ -71,15 +67,8 @@ def fake(
     center: bool,
     round_normed: bool,
     dtype: torch.dtype,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
-    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
     return quantize.fake(x, *numbers)
 
 
@@ -92,13 +81,7 @@ def launch(
     center: bool,
     round_normed: bool,
     dtype: torch.dtype,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
+    *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     normed_dtype = x.dtype if round_normed else torch.float32
     product_dtype = (
@@ -108,15 +91,9 @@ def launch(
     return quantize_rows.launch(
         x,
         order,
+        Numbers(*numbers),
         norm=norm_arguments,
         dtype=dtype,
-        bits=bits,
-        group_size=group_size,
-        outlier_channels=outlier_channels,
-        clip=clip,
-        int8_groups=int8_groups,
-        rotation=rotation,
-        per_token=per_token,
     )
 
 

@@ -13,12 +13,15 @@ are. With `per_token` the groups share one scale, the first, and the outliers ha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import quantize_rows
 from .library import define
 from .packing import OUTLIER_BITS, GroupLayout, round_to_codes
+from .quantize_rows import Numbers
 from .rotate import rotate
 
 
@@ -60,88 +63,27 @@ def _round_groups(
     return torch.cat([narrow_codes, wide_codes], -2), torch.cat([narrow_scale, wide_scale], -1)
 
 
-def fake(
-    x: Tensor,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
-) -> tuple[Tensor, Tensor]:
-    layout = GroupLayout(x.shape[-1], group_size, outlier_channels, per_token)
+def fake(x: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
+    layout = Numbers(*numbers).layout(x.shape[-1])
     codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
     return codes, x.new_empty(layout.num_scales, *x.shape[:-1], dtype=torch.float32)
 
 
-def launch(
-    x: Tensor,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
-) -> tuple[Tensor, Tensor]:
-    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
-    return reorder_launch(x, None, *numbers)
+def launch(x: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
+    return quantize_rows.launch(x, None, Numbers(*numbers))
 
 
-def reorder_reference(
-    x: Tensor,
-    order: Tensor,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
-) -> tuple[Tensor, Tensor]:
+def reorder_reference(x: Tensor, order: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
     """`quantize(reorder(x, order))` in one pass over memory."""
-    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
     return reference(x.index_select(-1, order), *numbers)
 
 
-def reorder_fake(
-    x: Tensor,
-    order: Tensor,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
-) -> tuple[Tensor, Tensor]:
-    numbers = bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token
+def reorder_fake(x: Tensor, order: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
     return fake(x, *numbers)
 
 
-def reorder_launch(
-    x: Tensor,
-    order: Tensor | None,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return quantize_rows.launch(
-        x,
-        order,
-        bits=bits,
-        group_size=group_size,
-        outlier_channels=outlier_channels,
-        clip=clip,
-        int8_groups=int8_groups,
-        rotation=rotation,
-        per_token=per_token,
-    )
+def reorder_launch(x: Tensor, order: Tensor | None, *numbers: Any) -> tuple[Tensor, Tensor]:
+    return quantize_rows.launch(x, order, Numbers(*numbers))
 
 
 NUMBERS = (

@@ -33,6 +33,21 @@ class Norm(NamedTuple):
     product_dtype: torch.dtype
 
 
+class Numbers(NamedTuple):
+    """The last arguments of every operator that quantizes; see quantize.py."""
+
+    bits: int
+    group_size: int
+    outlier_channels: int
+    clip: float
+    int8_groups: int = 0
+    rotation: int = 0
+    per_token: bool = False
+
+    def layout(self, width: int) -> GroupLayout:
+        return GroupLayout(width, self.group_size, self.outlier_channels, self.per_token)
+
+
 # 1.5 * 2^23: adding and taking it away rounds a small float32 to the nearest even integer
 _ROUNDER = tl.constexpr(12582912.0)
 _TINY = tl.constexpr(TINY)
@@ -290,21 +305,16 @@ _TRITON_DTYPES = {
 def launch(
     x: Tensor,
     order: Tensor | None,
+    numbers: Numbers,
     *,
     up: Tensor | None = None,
     activation: str = "none",
     norm: Norm | None = None,
     dtype: torch.dtype | None = None,
-    bits: int,
-    group_size: int,
-    outlier_channels: int,
-    clip: float,
-    int8_groups: int = 0,
-    rotation: int = 0,
-    per_token: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """x and `up` (*, K) -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
-    layout = GroupLayout(x.shape[-1], group_size, outlier_channels, per_token)
+    bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token = numbers
+    layout = numbers.layout(x.shape[-1])
     codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
     scale = x.new_empty(layout.num_scales, *x.shape[:-1], dtype=torch.float32)
     M = codes.numel() // layout.padded_width
