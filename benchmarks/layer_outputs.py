@@ -4,7 +4,8 @@
 
 STATISTICS is a safetensors file of the largest magnitude of each channel of a model's activations;
 inputs are drawn so that they reach it, weights at random. Decibels of the output's signal over its
-noise for every scheme of accuracy.py, rounded to nearest and by GPTQ; writes JSON.
+noise for every scheme of accuracy.py and for W4A4 without outlier channels, rounded to nearest and
+by GPTQ; writes JSON.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ LINEARS = [
     f"model.decoder.layers.12.{name}" for name in ("self_attn.q_proj", "self_attn.out_proj", "fc1")
 ]
 METHODS = "nearest", "gptq"
+WITHOUT_OUTLIERS = {"w4a4, no outlier channels": Scheme(outlier_channels=0)}
 ROWS, CALIBRATION, TESTED = 256, 4096, 1024  # output rows of each linear, tokens
 
 
@@ -72,7 +74,7 @@ def measure(peaks: Tensor) -> dict[str, dict[str, float]]:
     x, tested = tokens.split([CALIBRATION, TESTED])
     return {
         name: {method: snr(scheme, method, weight, x, tested) for method in METHODS}
-        for name, scheme in track(SCHEMES.items(), "rounding", transient=True)
+        for name, scheme in track((WITHOUT_OUTLIERS | SCHEMES).items(), "rounding", transient=True)
     }
 
 
