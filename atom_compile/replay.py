@@ -49,8 +49,8 @@ class Call:
 class Stream(Interpreter):
     """One call under way.
 
-    returns: keep what the graph returns and compute its result. A model returns the keys and
-        values of every layer: those of all batches would be more than all the rest that is kept.
+    returns: whether the graph's result is wanted, for which all that it returns must be kept. A
+        model returns the keys and values of every layer: of all batches that is more than the rest.
     """
 
     def __init__(self, call: Call, linear: Linear, returns: bool = False) -> None:

@@ -19,6 +19,7 @@ import json
 import math
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +30,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import atom_compile
 from atom_compile import KVCache, Scheme, compat
+from atom_compile.backend import atom
 from atom_compile.evaluate import text_windows
 
 WINDOWS, LENGTH, BATCH = 24, 512, 6
 PRESETS = "w4a4", "w4a4-rotated", "w4ax", "w4a8", "w4a8-two-level"
 SCHEMES = {name: Scheme.preset(name) for name in PRESETS} | {
+    "w4ax-rotated": replace(Scheme.preset("w4a4-rotated"), int8_share=0.25),
     "w3a3": Scheme(weight_bits=3, activation_bits=3),
     "w3a3-rotated": Scheme(weight_bits=3, activation_bits=3, rotation=128),
 }
@@ -57,6 +60,7 @@ ROWS = [
     Row("w4a4-rotated", True, "kv4-rotated"),
     Row("w4a4", True),
     Row("w4ax", True),
+    Row("w4ax-rotated", True),
     Row("w4a8", True),
     Row("w4a8-two-level", True),
     Row("w3a3", True),
@@ -155,7 +159,7 @@ def measure_recipe(
     full: float,
 ) -> dict[str, Any]:
     torch._dynamo.reset()
-    model.compile(backend="atom", options={"recipe": recipe, "strict": True})
+    model.compile(backend=atom, options={"recipe": recipe, "strict": True})
     divergences: list[float] = []
 
     def compare(number: int, logits: Tensor) -> None:
