@@ -155,23 +155,24 @@ def _load(
                 )
             async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
-        for part in range(OUTLIER_STEPS if end == num_groups else 0):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            ready = full.index(stage)
-            mbarrier.expect(ready, BLOCK_M * GROUP + BLOCK_N * GROUP // 2)
-            channel = part * (GROUP // 2)
-            tma.async_copy_global_to_shared(
-                outlier_desc, [n0, channel], ready, weight_ring.index(stage)
-            )
-            tma.async_copy_global_to_shared(
-                codes_desc, [m0, outliers_at + channel], ready, codes_ring.index(stage)
-            )
-            async_copy.async_copy_global_to_shared(
-                scale_ring.index(stage), scale_ptr + gl.cast(last_scale, gl.int64) * M + m
-            )
-            async_copy.mbarrier_arrive(ready, increment_count=False)
-            step += 1
+        if OUTLIER_STEPS > 0:
+            for part in range(OUTLIER_STEPS if end == num_groups else 0):
+                stage = step % STAGES
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                ready = full.index(stage)
+                mbarrier.expect(ready, BLOCK_M * GROUP + BLOCK_N * GROUP // 2)
+                channel = part * (GROUP // 2)
+                tma.async_copy_global_to_shared(
+                    outlier_desc, [n0, channel], ready, weight_ring.index(stage)
+                )
+                tma.async_copy_global_to_shared(
+                    codes_desc, [m0, outliers_at + channel], ready, codes_ring.index(stage)
+                )
+                async_copy.async_copy_global_to_shared(
+                    scale_ring.index(stage), scale_ptr + gl.cast(last_scale, gl.int64) * M + m
+                )
+                async_copy.mbarrier_arrive(ready, increment_count=False)
+                step += 1
 
 
 @gluon.jit
@@ -464,7 +465,7 @@ def _multiply(
             )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["whole_tiles"])
+@gluon.jit(do_not_specialize=["M", "whole_tiles"])
 def linear_hopper_kernel(
     codes_desc,
     weight_desc,

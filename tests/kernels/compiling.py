@@ -131,6 +131,12 @@ def main(capability: int) -> None:
             codes, scale = quantize.reference(torch.randn(300, K), *numbers)
             extras = torch.zeros(N), torch.zeros(300, N, dtype=torch.bfloat16), torch.bfloat16
             linear.launch(codes, scale, *packed, *extras, linear_hopper.HopperTiling(128, 1))
+            plain = packing.GroupLayout(K, 128, 0)
+            codes_plain, scale_plain = quantize.reference(torch.randn(300, K), 4, 128, 0, 0.9)
+            packed_plain = packing.pack_weight(torch.randn(N, K), plain, bits=4, clip=0.85)
+            few = linear_hopper.HopperTiling(16, 1)
+            operands = codes_plain, scale_plain, *packed_plain, None, None, torch.bfloat16
+            linear.launch(*operands, few)
             two_levels = packing.pack_two_level(torch.randn(N, K), layout)
             tiling = linear_hopper.HopperTiling(128, 2)
             linear.multiply(codes, scale[:2], *two_levels, *extras, tiling)
