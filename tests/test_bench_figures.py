@@ -36,7 +36,7 @@ FILES = sorted(
     for path in MEASURED.glob(f"{kind}.json")
 )
 LAYER = MEASURED / "llama3-8b-w4a4-layer-nvidia-h100-80gb-hbm3.json"
-OPERATORS = MEASURED / "llama3-8b-w4a4-operators-nvidia-h100-80gb-hbm3.json"
+OPERATORS = MEASURED / "llama3-8b-llama3-70b-w4a4-operators-nvidia-h100-80gb-hbm3.json"
 WHERE = {"device": "a device", "torch": "2.13.0", "triton": "3.6.0", "date": "2026-11-22T00:00:00"}
 
 
@@ -58,15 +58,14 @@ def shown_panels(figure: Any) -> list[Any]:
 
 
 def with_peers(result: Result) -> Result:
-    """As if the run had measured its ceilings and two peers, one of which could not run."""
-    environment = {**result.environment, "read_gb_per_s": 2900.0, "tera_ops_per_s": {}}
+    """As if the run had measured two more peers, one of which could not run."""
     peers = [
         dataclasses.replace(row, variant=name, median_us=time, failure=None if time else "no GPU")
         for row in result.rows
         if row.N and row.variant == "baseline" and row.median_us
-        for name, time in (("int8", row.median_us / 2), ("gemlite", None))
+        for name, time in (("twice as fast", row.median_us / 2), ("never", None))
     ]
-    return Result(environment, [*result.rows, *peers])
+    return Result(result.environment, [*result.rows, *peers])
 
 
 def model_result() -> ModelResult:
@@ -111,13 +110,13 @@ def test_speed_has_a_panel_per_operator_and_a_line_per_variant() -> None:
     assert [axes.get_title() for axes in panels] == result.ops
     lines = {line.get_label(): line for line in panels[0].get_lines()}
     assert list(lines) == [
-        *("bf16", "int8", "INT4, plain operators", "INT4, fused operators"),
-        "floor: bytes and operations",
+        *("bf16", "fp8 row", "fp8 1x128", "int8", "tinygemm", "twice as fast"),
+        *("INT4, plain operators", "INT4, fused operators", "floor: bytes and operations"),
     ]
-    fused = [result.variants("qkv_proj", M)["fused"] for M in result.counts("qkv_proj")]
+    fused = [result.variants(result.ops[0], M)["fused"] for M in result.counts(result.ops[0])]
     speedups = [result.speedup(row) for row in fused]
     assert list(lines["INT4, fused operators"].get_ydata()) == pytest.approx(speedups)
-    assert set(lines["int8"].get_ydata()) == {2.0}
+    assert set(lines["twice as fast"].get_ydata()) == {2.0}
     markers = [line.get_marker() for name, line in lines.items() if "oper" in str(name)]
     assert len(set(markers)) == len(markers) == 3  # plain, fused, and none on the floor
 
@@ -188,10 +187,11 @@ def test_accuracy_of_every_scheme_and_against_speed() -> None:
         if row.cache_bytes is None
     ]
     points = [line for line in every.get_lines() if len(line.get_xdata()) == 1]
-    assert sorted(line.get_ydata()[0] for line in points) == sorted(row.ratio for row in rows)
-    assert [axes.get_title().split("\n")[0] for axes in speeds] == [
+    assert sorted(line.get_xdata()[0] for line in points) == sorted(row.ratio for row in rows)
+    titles = [" ".join(axes.get_title().split("\n")[:-1]) for axes in speeds]
+    assert titles == [
         *("llama3-8b decoder layer, 1 token", "llama3-8b decoder layer, 4096 tokens"),
-        *("llama3-8b mean of linears, 1 token", "llama3-8b mean of linears, 4096 tokens"),
+        *(f"llama3-8b-llama3-70b mean of linears, {M}" for M in ("1 token", "8192 tokens")),
     ]
     layer: Any = read(LAYER)
     speedup = layer.speedup(layer.variants("decoder_layer", 1)["fused"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -82,8 +83,10 @@ def accuracy_figure(results: Sequence[Measured]) -> Figure | None:
     _draw_schemes(axes[0], rows, looks)
     for one, ((where, what), found) in zip(axes[1:], shown.items(), strict=True):
         _draw_speeds(one, rows, found, looks)
-        label_axes(one, f"{what}\n{where}", f"speed-up over {found[0].over} (x)", _RATIO)
-        one.set_ylim(axes[0].get_ylim())
+        label_axes(
+            one, f"{textwrap.fill(what, 36)}\n{where}", f"speed-up over {found[0].over} (x)", _RATIO
+        )
+        one.set_ylim(axes[0].get_xlim())
     return finish(figure, _caption(results, rows, panels, len(shown)))
 
 
@@ -138,14 +141,17 @@ def _group_label(model: str, outliers: bool, simulated: bool) -> str:
 
 
 def _draw_points(
-    axes: Any, points: Sequence[tuple[float, AccuracyRow]], looks: dict[Any, tuple[str, str]]
+    axes: Any,
+    points: Sequence[tuple[float, AccuracyRow]],
+    looks: dict[Any, tuple[str, str]],
+    sideways: bool = False,
 ) -> None:
-    for x, row in points:
+    """The ratio up or, `sideways`, to the right; the other number of `points` across."""
+    for across, row in points:
         marker, label = looks[_group(row)]
         color = LOOKS["fused"].line if not row.outliers else LOOKS["unfused"].line
         axes.plot(
-            [x],
-            [row.ratio],
+            *([row.ratio], [across]) if sideways else ([across], [row.ratio]),
             marker=marker,
             color=color,
             markerfacecolor=color if "gptq" in row.method else "none",
@@ -153,7 +159,8 @@ def _draw_points(
             linestyle="none",
             label=label,
         )
-    axes.axhline(1.0, color=LOOKS["baseline"].line, linestyle="--", linewidth=1.0, label="float32")
+    draw_line = axes.axvline if sideways else axes.axhline
+    draw_line(1.0, color=LOOKS["baseline"].line, linestyle="--", linewidth=1.0, label="float32")
 
 
 def _draw_schemes(axes: Any, rows: Sequence[AccuracyRow], looks: dict[Any, Any]) -> None:
@@ -161,18 +168,12 @@ def _draw_schemes(axes: Any, rows: Sequence[AccuracyRow], looks: dict[Any, Any])
     groups = list(looks)
     aside = [(index - (len(groups) - 1) / 2) * 0.12 for index in range(len(groups))]
     points = [(schemes.index(row.scheme) + aside[groups.index(_group(row))], row) for row in rows]
-    _draw_points(axes, points, looks)
-    label_axes(axes, "every scheme", "", _RATIO)
-    axes.set_xticks(range(len(schemes)), [_wrapped(one) for one in schemes])
-    if len(schemes) > 4:
-        axes.tick_params(axis="x", labelsize="xx-small", labelrotation=60)
-    axes.margins(x=0.1, y=0.25)  # room for the schemes' names in the panels beside
-
-
-def _wrapped(scheme: str, width: int = 22) -> str:
-    """On two lines, at a blank."""
-    at = scheme.rfind(" ", 0, width)
-    return scheme if len(scheme) <= width or at < 0 else f"{scheme[:at]}\n{scheme[at + 1 :]}"
+    _draw_points(axes, points, looks, sideways=True)
+    label_axes(axes, "every scheme", _RATIO, "scheme")
+    axes.set_yticks(range(len(schemes)), schemes)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize="xx-small" if len(schemes) > 8 else "small")
+    axes.margins(x=0.25, y=0.05)  # room for the schemes' names in the panels beside
 
 
 def _draw_speeds(
