@@ -143,7 +143,7 @@ def _round_blocks(
             scales.append(grid.scale)
         else:
             number = IntFormat(OUTLIER_BITS)
-            outlier_scale = (block_KN.abs().amax(0) / number.largest).clamp(min=TINY)
+            outlier_scale = (block_KN.abs().amax(0) * (1.0 / number.largest)).clamp(min=TINY)
             grid = _Grid(outlier_scale, number)
         units_KN[start:end], errors_KN = _round_block(block_KN, factor[start:end, start:end], grid)
         remaining_KN[end:] -= factor[start:end, end:].t() @ errors_KN
