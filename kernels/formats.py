@@ -22,6 +22,9 @@ wider format's subnormals are made the same way. The power of two goes into the 
                            bfloat16   s 00000eee mm00000    value * 2^-124
                            e4m3       s 0eee mm0            value * 2^-4
 
+In units of the least of all, values of E2M1, E2M2 and E2M3 are integers up to 12, 28 and 60: INT8
+tensor cores multiply them as exactly.
+
 Sources: FP6-LLM (arXiv 2401.14112), sections 4 and 5; OCP Microscaling Formats (MX) 1.0, section 5.
 """
 
@@ -54,6 +57,11 @@ class FloatFormat:
     @property
     def least_normal(self) -> float:
         return 2.0 ** (1 - self.bias)
+
+    @property
+    def least(self) -> float:
+        """The least magnitude but zero; every value is a whole multiple of it."""
+        return self.least_normal * math.ldexp(1, -self.mantissa_bits)
 
     @property
     def largest(self) -> float:
