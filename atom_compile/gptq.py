@@ -61,11 +61,11 @@ class _Grid(NamedTuple):
     """The values of a format, times `scale` (N,)."""
 
     scale: Tensor
-    number: FloatFormat | IntFormat
+    format: FloatFormat | IntFormat
 
     def round(self, x_KN: Tensor) -> Tensor:
         """In units of `scale`."""
-        return self.number.nearest(x_KN / self.scale)
+        return self.format.nearest(x_KN / self.scale)
 
 
 def round_weight(
@@ -79,19 +79,19 @@ def round_weight(
 
     clips: the candidates of each group's clip; the best for the output is taken, row by row.
     """
-    number = IntFormat(bits)
+    format = IntFormat(bits)
     factor, importance, note = _error_factor(hessian.float())
     if not layout.per_token:
 
         def best(block_KN: Tensor, importance: Tensor) -> _Grid:
-            return _best_grid(block_KN, number, clips, importance)
+            return _best_grid(block_KN, format, clips, importance)
 
         return Rounded(pack_codes(*_round_blocks(weight, factor, importance, layout, best)), note)
     # later columns take in errors, but their rows' largest magnitudes hardly change
     row_scale = two_level_row_scale(layout.split(weight.float())[0])
 
     def multiple(block_KN: Tensor, importance: Tensor) -> _Grid:
-        return _Grid(best_group_scales(block_KN.t()[:, None], row_scale)[:, 0] * row_scale, number)
+        return _Grid(best_group_scales(block_KN.t()[:, None], row_scale)[:, 0] * row_scale, format)
 
     codes, scale, *outliers = _round_blocks(weight, factor, importance, layout, multiple)
     group_scale = (scale / row_scale[:, None]).round()
@@ -102,7 +102,7 @@ def round_float_weight(
     weight: Tensor,
     hessian: Tensor,
     layout: GroupLayout,
-    number: FloatFormat,
+    format: FloatFormat,
     clips: Sequence[float] = FLOAT_CLIPS,
 ) -> RoundedFloat:
     """As `round_weight`, to a floating-point format; layout.per_token: one scale per row."""
@@ -110,14 +110,14 @@ def round_float_weight(
     row_grid = None
     if layout.per_token:
         grouped = layout.width - layout.outlier_channels
-        row_grid = _best_grid(weight.float().t()[:grouped], number, clips, importance[:grouped])
+        row_grid = _best_grid(weight.float().t()[:grouped], format, clips, importance[:grouped])
 
     def grid(block_KN: Tensor, importance: Tensor) -> _Grid:
-        return row_grid or _best_grid(block_KN, number, clips, importance)
+        return row_grid or _best_grid(block_KN, format, clips, importance)
 
     groups, scale, outliers, outlier_scale = _round_blocks(weight, factor, importance, layout, grid)
-    codes, scale = number.round_to(groups), scale[:, :1] if layout.per_token else scale
-    return RoundedFloat(pack_float_codes(codes, scale, outliers, outlier_scale, number), note)
+    codes, scale = format.round_to(groups), scale[:, :1] if layout.per_token else scale
+    return RoundedFloat(pack_float_codes(codes, scale, outliers, outlier_scale, format), note)
 
 
 def _round_blocks(
@@ -142,9 +142,9 @@ def _round_blocks(
             grid = grid_of(block_KN, importance[start:end])
             scales.append(grid.scale)
         else:
-            number = IntFormat(OUTLIER_BITS)
-            outlier_scale = (block_KN.abs().amax(0) * (1.0 / number.largest)).clamp(min=TINY)
-            grid = _Grid(outlier_scale, number)
+            format = IntFormat(OUTLIER_BITS)
+            outlier_scale = (block_KN.abs().amax(0) * (1.0 / format.largest)).clamp(min=TINY)
+            grid = _Grid(outlier_scale, format)
         units_KN[start:end], errors_KN = _round_block(block_KN, factor[start:end, start:end], grid)
         remaining_KN[end:] -= factor[start:end, end:].t() @ errors_KN
     groups, outliers = layout.split(units_KN.t())
@@ -210,10 +210,10 @@ def _error_factor(hessian: Tensor) -> tuple[Tensor, Tensor, str | None]:
 
 
 def _best_grid(
-    block_KN: Tensor, number: FloatFormat | IntFormat, clips: Sequence[float], importance: Tensor
+    block_KN: Tensor, format: FloatFormat | IntFormat, clips: Sequence[float], importance: Tensor
 ) -> _Grid:
     """For each row the clip with the least squared error, weighted by `importance` (K,)."""
-    return _Grid(best_scale(block_KN, number, clips, importance[:, None], dim=0)[0], number)
+    return _Grid(best_scale(block_KN, format, clips, importance[:, None], dim=0)[0], format)
 
 
 def _round_block(block_KN: Tensor, factor: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:

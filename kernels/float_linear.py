@@ -27,10 +27,10 @@ from .packing import (
 
 
 def float_linear(
-    x: Tensor, packed: FloatWeight, layout: GroupLayout, number: FloatFormat
+    x: Tensor, packed: FloatWeight, layout: GroupLayout, format: FloatFormat
 ) -> Tensor:
     """x (*, K), in order, what the activations stand for -> (*, N) float32."""
-    return F.linear(x.float(), dequantize_float_weight(packed, layout, number))
+    return F.linear(x.float(), dequantize_float_weight(packed, layout, format))
 
 
 def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,11 +104,11 @@ def _codes(x: Tensor, scale: Tensor, largest: int) -> Tensor:
 
 
 def round_to_format(
-    x: Tensor, number: FloatFormat | Float8, clip: float, dim: int = -1
+    x: Tensor, format: FloatFormat | Float8, clip: float, dim: int = -1
 ) -> tuple[Tensor, Tensor]:
     """As `round_to_codes`, to a floating-point format: its codes and the float32 scale."""
-    scale = (x.abs().amax(dim, keepdim=True).float() * (clip / number.largest)).clamp(min=TINY)
-    return number.round_to(x.float() * (1.0 / scale)), scale.squeeze(dim)
+    scale = (x.abs().amax(dim, keepdim=True).float() * (clip / format.largest)).clamp(min=TINY)
+    return format.round_to(x.float() * (1.0 / scale)), scale.squeeze(dim)
 
 
 class PackedWeight(NamedTuple):
@@ -150,7 +150,7 @@ class TwoLevelWeight(NamedTuple):
     """A weight whose group scales are INT8 numbers of a float32 scale per row.
 
     weight (G, N, group_size / 2) uint8 as in `PackedWeight`, group_scale (G, N) int8 in 1 to 16,
-    row_scale (N,) float32; code * group_scale is an INT8 number. The outliers as in `PackedWeight`.
+    row_scale (N,) float32; code * group_scale is an INT8 format. The outliers as in `PackedWeight`.
     Sources: QServe (arXiv 2405.04532), section 4.1; DGQ (arXiv 2310.04836).
     """
 
@@ -222,7 +222,7 @@ class FloatWeight(NamedTuple):
 def pack_float_weight(
     weight: Tensor,
     layout: GroupLayout,
-    number: FloatFormat,
+    format: FloatFormat,
     clips: Sequence[float] = FLOAT_CLIPS,
 ) -> FloatWeight:
     """Quantizes a weight `(N, K)`, columns in order, rounding to nearest.
@@ -231,16 +231,16 @@ def pack_float_weight(
     """
     groups, outliers = layout.split(weight.float())
     sharing = groups.flatten(1)[:, None] if layout.per_token else groups
-    scale = best_scale(sharing, number, clips)
-    codes = number.round_to(groups / scale)
-    return pack_float_codes(codes, scale.squeeze(-1), *_round_outliers(outliers), number)
+    scale = best_scale(sharing, format, clips)
+    codes = format.round_to(groups / scale)
+    return pack_float_codes(codes, scale.squeeze(-1), *_round_outliers(outliers), format)
 
 
 def pack_float_codes(
-    codes: Tensor, scale: Tensor, outliers: Tensor, outlier_scale: Tensor, number: FloatFormat
+    codes: Tensor, scale: Tensor, outliers: Tensor, outlier_scale: Tensor, format: FloatFormat
 ) -> FloatWeight:
     """As `pack_codes`: uint8 codes (N, G, group_size), scale (N, G) or (N, 1)."""
-    low, high = pack_planes(codes.transpose(0, 1), number.bits)
+    low, high = pack_planes(codes.transpose(0, 1), format.bits)
     return FloatWeight(
         low,
         high,
@@ -252,7 +252,7 @@ def pack_float_codes(
 
 def best_scale(
     x: Tensor,
-    number: FloatFormat | IntFormat,
+    format: FloatFormat | IntFormat,
     clips: Sequence[float],
     importance: Tensor | None = None,
     dim: int = -1,
@@ -267,8 +267,8 @@ def best_scale(
     # of a NaN or an Inf no error is less than infinite: it stays the scale
     best, least = peak, torch.full_like(peak, torch.inf)
     for clip in clips:
-        scale = (peak * (clip / number.largest)).clamp(min=TINY).to(torch.bfloat16).float()
-        errors = (number.nearest(x / scale) * scale - x).square()
+        scale = (peak * (clip / format.largest)).clamp(min=TINY).to(torch.bfloat16).float()
+        errors = (format.nearest(x / scale) * scale - x).square()
         error = (errors if importance is None else errors * importance).sum(dim, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
@@ -356,11 +356,11 @@ def dequantize_weight(packed: PackedWeight | TwoLevelWeight, layout: GroupLayout
 
 
 def dequantize_float_weight(
-    packed: FloatWeight, layout: GroupLayout, number: FloatFormat
+    packed: FloatWeight, layout: GroupLayout, format: FloatFormat
 ) -> Tensor:
-    """As `dequantize_weight`; number: what the codes are in, which the planes do not tell."""
-    codes = unpack_planes(packed.weight, packed.high_bits, number.bits)
-    groups = number.decode(codes) * packed.weight_scale.float()[..., None]
+    """As `dequantize_weight`; format: what the codes are in, which the planes do not tell."""
+    codes = unpack_planes(packed.weight, packed.high_bits, format.bits)
+    groups = format.decode(codes) * packed.weight_scale.float()[..., None]
     return _in_order(groups, packed, layout)
 
 

@@ -69,14 +69,14 @@ def test_output_error_is_smaller_than_of_rounding_to_nearest(
     st.integers(0, 2**32 - 1),
 )
 def test_output_error_of_floating_point_formats_is_smaller_than_of_rounding_to_nearest(
-    number: FloatFormat, layout: GroupLayout, seed: int
+    format: FloatFormat, layout: GroupLayout, seed: int
 ) -> None:
     torch.manual_seed(seed)
     weight, x = torch.randn(24, layout.width), correlated(1024, layout.width)
-    packed, note = round_float_weight(weight, x.t() @ x / len(x), layout, number)
-    nearest = pack_float_weight(weight, layout, number)
+    packed, note = round_float_weight(weight, x.t() @ x / len(x), layout, format)
+    nearest = pack_float_weight(weight, layout, format)
     assert [one.shape for one in packed] == [one.shape for one in nearest]
-    got, plain = (dequantize_float_weight(one, layout, number) for one in (packed, nearest))
+    got, plain = (dequantize_float_weight(one, layout, format) for one in (packed, nearest))
     assert output_error(weight, got, x) < 0.8 * output_error(weight, plain, x)
     assert note is None
 

@@ -26,33 +26,33 @@ formats = st.sampled_from([E3M2, E2M3, E2M2, E2M1])
 @few_examples
 @given(tokens, widths, formats, dtypes, seeds)
 def test_with_a_scale_per_row_all_scaling_is_at_the_end(
-    M: int, K: int, number: FloatFormat, dtype: torch.dtype, seed: int
+    M: int, K: int, format: FloatFormat, dtype: torch.dtype, seed: int
 ) -> None:
     """Codes shifted into float16 or e4m3, as activations are, are multiplied as they are."""
     torch.manual_seed(seed)
     layout = GroupLayout(K, 128, 0, per_token=True)
-    packed = pack_float_weight(torch.randn(5, K), layout, number)
-    codes_NK = unpack_planes(packed.weight, packed.high_bits, number.bits).transpose(0, 1)
+    packed = pack_float_weight(torch.randn(5, K), layout, format)
+    codes_NK = unpack_planes(packed.weight, packed.high_bits, format.bits).transpose(0, 1)
     codes_NK = codes_NK.flatten(1)[:, :K]
     row_scale = packed.weight_scale[0].double()
     x = torch.randn(M, K).to(dtype)
 
-    placed = number.place(codes_NK, torch.float16).double()
-    sums = x.double() @ placed.t() * row_scale * 2.0 ** number.gap(torch.float16)
-    got = float_linear(x, packed, layout, number)
+    placed = format.place(codes_NK, torch.float16).double()
+    sums = x.double() @ placed.t() * row_scale * 2.0 ** format.gap(torch.float16)
+    got = float_linear(x, packed, layout, format)
     torch.testing.assert_close(got, sums.float(), rtol=1e-4, atol=1e-4)
 
     x_codes, x_scale = quantize_e4m3(x)
-    placed = number.place(codes_NK, torch.float8_e4m3fn).double()
+    placed = format.place(codes_NK, torch.float8_e4m3fn).double()
     sums = x_codes.double() @ placed.t() * x_scale[:, None].double() * row_scale
-    sums = sums * 2.0 ** number.gap(torch.float8_e4m3fn)
-    got = float_linear(x_codes.float() * x_scale[:, None], packed, layout, number)
+    sums = sums * 2.0 ** format.gap(torch.float8_e4m3fn)
+    got = float_linear(x_codes.float() * x_scale[:, None], packed, layout, format)
     torch.testing.assert_close(got, sums.float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("number", [E2M1, E2M2, E2M3], ids=str)
-def test_values_are_small_integers_of_the_least(number: FloatFormat) -> None:
-    units = torch.tensor(number.values()) / number.least
+@pytest.mark.parametrize("format", [E2M1, E2M2, E2M3], ids=str)
+def test_values_are_small_integers_of_the_least(format: FloatFormat) -> None:
+    units = torch.tensor(format.values()) / format.least
     assert torch.equal(units, units.to(torch.int8).float())
 
 
