@@ -16,7 +16,8 @@ every exponent is a number: there is no infinity and no NaN.
 
 A kernel reads a code without looking at it: shifted so that sign, exponent and mantissa lie where a
 wider format has them, the bits *are* the value times a power of two, subnormals included, since the
-wider format's subnormals are made the same way. The power of two goes into the scale.
+wider format's subnormals are made the same way. The power of two goes into the scale; but that of
+bfloat16 has to be multiplied away before a product, or the float32 sum of it underflows.
 
     E3M2   s eee mm   ->   float16    s 00eee mm00000000    value * 2^-12
                            bfloat16   s 00000eee mm00000    value * 2^-124

@@ -77,6 +77,16 @@ def test_shifted_bits_are_the_value_times_a_power_of_two(
 
 
 @every_format
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits_multiply_the_power_of_two_away(
+    format: FloatFormat, dtype: torch.dtype
+) -> None:
+    multiplied = format.place(all_codes(format), dtype) * 2.0 ** format.gap(dtype)
+    assert multiplied.dtype == dtype
+    assert same_bits(multiplied.float(), torch.tensor(format.values()))
+
+
+@every_format
 def test_values_of_every_format_are_exact_in_e4m3(format: FloatFormat) -> None:
     values = torch.tensor(format.values())
     assert same_bits(E4M3.nearest(values), values)
