@@ -46,7 +46,7 @@ def pack_mxfp4(weight: Tensor) -> BlockWeight:
     A block's scale is the power of two that puts its largest magnitude between 4 and 8; what is
     over 6 then saturates.
     """
-    blocks = weight.float().unflatten(1, (-1, _MXFP4_BLOCK))
+    blocks = _cut(weight, _MXFP4_BLOCK)
     peak = blocks.abs().amax(-1)
     exponent = (peak.view(torch.int32) >> 23) - 2  # biased as float32's, which is e8m0's bias too
     byte = torch.where(peak.isfinite(), exponent.clamp(min=0), 255).to(torch.uint8)
@@ -55,7 +55,7 @@ def pack_mxfp4(weight: Tensor) -> BlockWeight:
 
 def pack_nvfp4(weight: Tensor) -> BlockWeight:
     """Rounds a weight (N, K) to nearest, K a multiple of 16; its largest magnitude is 6 * 448."""
-    blocks = weight.float().unflatten(1, (-1, _NVFP4_BLOCK))
+    blocks = _cut(weight, _NVFP4_BLOCK)
     peak = blocks.abs().amax(-1)
     finite = peak.isfinite()
     largest = torch.where(finite, peak, 0.0).max()
@@ -63,6 +63,12 @@ def pack_nvfp4(weight: Tensor) -> BlockWeight:
     scale = E4M3.nearest(peak / (E2M1.largest * tensor_scale))
     block_scale = torch.where(finite, scale, torch.nan).to(torch.float8_e4m3fn)
     return _pack(blocks, block_scale, tensor_scale)
+
+
+def _cut(weight: Tensor, block: int) -> Tensor:
+    if weight.shape[1] % block:
+        raise ValueError(f"{weight.shape[1]} channels are not a multiple of a block's {block}")
+    return weight.float().unflatten(1, (-1, block))
 
 
 def _pack(blocks: Tensor, block_scale: Tensor, tensor_scale: Tensor) -> BlockWeight:

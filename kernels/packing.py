@@ -150,7 +150,7 @@ class TwoLevelWeight(NamedTuple):
     """A weight whose group scales are INT8 numbers of a float32 scale per row.
 
     weight (G, N, group_size / 2) uint8 as in `PackedWeight`, group_scale (G, N) int8 in 1 to 16,
-    row_scale (N,) float32; code * group_scale is an INT8 format. The outliers as in `PackedWeight`.
+    row_scale (N,) float32; code * group_scale is an INT8 number. The outliers as in `PackedWeight`.
     Sources: QServe (arXiv 2405.04532), section 4.1; DGQ (arXiv 2310.04836).
     """
 
@@ -282,12 +282,8 @@ def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 Packed = TypeVar("Packed", bound=PackedWeight | TwoLevelWeight | FloatWeight)
-_LED_BY_GROUPS = (
-    "weight",
-    "high_bits",
-    "weight_scale",
-    "group_scale",
-)  # the other tensors begin with the rows
+# the other tensors begin with the rows
+_LED_BY_GROUPS = ("weight", "high_bits", "weight_scale", "group_scale")
 
 
 def select_rows(packed: Packed, rows: Tensor) -> Packed:
@@ -336,8 +332,8 @@ def _pack_bits(codes: Tensor, bits: int) -> Tensor:
     packed = codes.new_zeros(*codes.shape[:-1], codes.shape[-1] * bits // 8)
     if not bits:
         return packed
-    for number, part in enumerate(codes.chunk(8 // bits, dim=-1)):
-        packed |= part << (number * bits)
+    for part, shift in zip(codes.chunk(8 // bits, dim=-1), range(0, 8, bits), strict=True):
+        packed |= part << shift
     return packed
 
 
@@ -358,7 +354,7 @@ def dequantize_weight(packed: PackedWeight | TwoLevelWeight, layout: GroupLayout
 def dequantize_float_weight(
     packed: FloatWeight, layout: GroupLayout, format: FloatFormat
 ) -> Tensor:
-    """As `dequantize_weight`; format: what the codes are in, which the planes do not tell."""
+    """As `dequantize_weight`; the planes do not tell the format."""
     codes = unpack_planes(packed.weight, packed.high_bits, format.bits)
     groups = format.decode(codes) * packed.weight_scale.float()[..., None]
     return _in_order(groups, packed, layout)

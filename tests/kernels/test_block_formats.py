@@ -143,6 +143,12 @@ def test_zeros_are_zeros(block: int) -> None:
     assert not (codes.float() * scale).any()
 
 
+@every_block
+def test_a_part_of_a_block_is_refused(block: int) -> None:
+    with pytest.raises(ValueError, match="72 channels are not a multiple"):
+        PACKS[block](torch.zeros(2, 72))
+
+
 def test_transformers_reads_mxfp4_alike() -> None:
     packed = pack_mxfp4(torch.randn(8, 96))
     blocks = packed.codes.view(1, 8, 3, 16)
