@@ -68,7 +68,7 @@ def pack_nvfp4(weight: Tensor) -> BlockWeight:
 def _cut(weight: Tensor, block: int) -> Tensor:
     if weight.shape[1] % block:
         raise ValueError(f"{weight.shape[1]} channels are not a multiple of a block's {block}")
-    return weight.float().unflatten(1, (-1, block))
+    return weight.float().reshape(len(weight), weight.shape[1] // block, block)
 
 
 def _pack(blocks: Tensor, block_scale: Tensor, tensor_scale: Tensor) -> BlockWeight:
