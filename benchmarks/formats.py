@@ -106,6 +106,7 @@ METHODS = {
     "w4a4 fp4, clip 1.1": replace(W4A4_FP4, clip=1.1),
     "w4a4 fp4, e4m3 outliers": replace(W4A4_FP4, outlier_format=E4M3),
     "w4a4 int4": W4A4,
+    "w4a4 int4, e4m3 outliers": replace(W4A4, outlier_format=E4M3),
 }
 METHODS |= {
     f"{name}, gptq": replace(METHODS[name], gptq=True)

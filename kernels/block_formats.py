@@ -11,7 +11,8 @@
 Hopper has no tensor cores for them. What it computes with instead is exact: an E2M1 value is one of
 e4m3, and so are blocks of MXFP4 under one common scale (`to_e4m3`); a code times a block's scale of
 NVFP4 has six significant bits, two too many for e4m3, and is one of float16 and of bfloat16.
-Sources: OCP Microscaling Formats (MX) 1.0, sections 5 and 6; NVFP4 (arXiv 2509.25149), section 2.
+Sources: OCP Microscaling Formats (MX) 1.0, sections 5 and 6; NVIDIA (arXiv 2509.25149)
+for NVFP4.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     E2M1, a scale per token and group, outliers       E2M1 with a scale per row and group, outliers
         in INT8 (`quantize_e2m1`)                         in INT8: W4A4 with E2M1
 
-Sources: FP6-LLM (arXiv 2401.14112); Atom (arXiv 2310.19102), section 5.4, for FP4.
+Sources: FP6-LLM (arXiv 2401.14112); Atom (arXiv 2310.19102) for W4A4 in FP4.
 """
 
 from __future__ import annotations

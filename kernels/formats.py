@@ -26,7 +26,8 @@ bfloat16 has to be multiplied away before a product, or the float32 sum of it un
 In units of the least of all, values of E2M1, E2M2 and E2M3 are integers up to 12, 28 and 60: INT8
 tensor cores multiply them as exactly.
 
-Sources: FP6-LLM (arXiv 2401.14112), sections 4 and 5; OCP Microscaling Formats (MX) 1.0, section 5.
+Sources: FP6-LLM (arXiv 2401.14112) for E3M2 and E2M2 and the shift; OCP Microscaling Formats (MX)
+1.0, section 5.3, for E3M2, E2M3 and E2M1.
 """
 
 from __future__ import annotations

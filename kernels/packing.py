@@ -42,8 +42,8 @@ from .formats import Float8, FloatFormat, IntFormat
 TINY = 1e-30  # a scale of a group of zeros: small, but with a finite reciprocal
 OUTLIER_BITS = 8
 FLOAT_CLIPS = tuple(2.0 ** (step / 8) for step in range(-4, 8))
-"""What a floating-point grid may span of the largest magnitude. A grid that is wider than it, up to
-twice, has as many codes there: only its steps lie elsewhere."""
+"""The shares of the largest magnitude that are tried as the end of a floating-point grid. One that
+ends far past it loses a few codes at most: what changes is where among them the values lie."""
 
 
 @dataclass(frozen=True)
