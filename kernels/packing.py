@@ -23,9 +23,10 @@ then cut:
     6 bits:   7..6 = channel j + group_size * 3/4   5..4 = j + group_size * 2/4   ...   1..0 = j
     5 bits:   7    = channel j + group_size * 7/8   6    = j + group_size * 6/8   ...   0    = j
 
-  So byte j of `high_bits` belongs to the bytes of `weight` a quarter (an eighth) of a group apart,
-  and who reads those as they lie needs shifts and masks, and nothing from another thread. A row may
-  have one scale for all groups: `weight_scale` is then (1, N).
+  Bytes of `weight` and of `high_bits` meet without moving anything between threads: with P bytes of
+  `high_bits` in a row of a group, byte j of `weight` holds two codes whose other bits lie in byte
+  j % P, those of the lower code from bit (bits - 4) * (j // P) on, of the upper one 4 bits further.
+  A row may have one scale for all groups: `weight_scale` is then (1, N).
 """
 
 from __future__ import annotations

@@ -169,6 +169,20 @@ def test_planes_lie_as_the_picture_says() -> None:
     assert high.tolist() == [0b1100_1100]
 
 
+@pytest.mark.parametrize("format", [E3M2, E2M3, E2M2], ids=str)
+def test_a_byte_of_a_weight_finds_the_other_bits_of_both_codes_in_one_byte(
+    format: FloatFormat,
+) -> None:
+    codes = torch.randint(0, 2**format.bits, (5, 64), dtype=torch.uint8)
+    low, high = packing.pack_planes(codes, format.bits)
+    high_bits, width = format.bits - 4, high.shape[1]
+    byte = torch.arange(32)
+    shift, mask = high_bits * (byte // width), 2**high_bits - 1
+    others = high[:, byte % width]
+    assert torch.equal(low & 0xF | (others >> shift & mask) << 4, codes[:, :32])
+    assert torch.equal(low >> 4 | (others >> (shift + 4) & mask) << 4, codes[:, 32:])
+
+
 @few_examples
 @given(st.sampled_from(FORMATS), float_layouts)
 def test_no_bit_is_wasted(format: FloatFormat, layout: GroupLayout) -> None:
