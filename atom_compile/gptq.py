@@ -63,10 +63,6 @@ class _Grid(NamedTuple):
     scale: Tensor
     format: FloatFormat | IntFormat
 
-    def round(self, x_KN: Tensor) -> Tensor:
-        """In units of `scale`."""
-        return self.format.nearest(x_KN / self.scale)
-
 
 def round_weight(
     weight: Tensor,
@@ -162,14 +158,14 @@ def fit_weight(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
     measured worse than without this step (KL 0.066 and 0.062, against 0.059 as it is here).
     """
     ridge = _RIDGE * hessian.diagonal().double().mean().clamp(min=TINY)
-    damped, cross = hessian.double(), cross.double()
+    # V = W (cross + ridge) / (hessian + ridge), written as what it adds to W
+    added = weight.double() @ (cross.double() - hessian)
+    damped = hessian.to(torch.float64, copy=True)
     damped.diagonal().add_(ridge)
     lower, failed = torch.linalg.cholesky_ex(damped)
     if failed.item():
         return weight.float()
-    # V = W (cross + ridge) / (hessian + ridge): what changes is small, and float32 is enough for W
-    change = torch.cholesky_solve((cross - hessian).t().contiguous(), lower).t()
-    return weight.float() + weight.float() @ change.float()
+    return weight.float() + torch.cholesky_solve(added.t(), lower).t().float()
 
 
 def _cuts(layout: GroupLayout) -> list[tuple[int, int]]:
@@ -186,7 +182,7 @@ def _error_factor(hessian: Tensor) -> tuple[Tensor, Tensor, str | None]:
     Damping grows until the factor exists; a channel that was never anything but zero cannot cause
     an error and gets an average diagonal.
     """
-    hessian = hessian.double().clone()
+    hessian = hessian.to(torch.float64, copy=True)
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     mean = diagonal[~dead].mean() if not bool(dead.all()) else diagonal.new_ones(())
@@ -217,11 +213,16 @@ def _best_grid(
 
 
 def _round_block(block_KN: Tensor, factor: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """A block in units of the scale, channel by channel, and the errors that later blocks take."""
-    block_KN = block_KN.clone()
-    units_KN, errors_KN = torch.empty_like(block_KN), torch.empty_like(block_KN)
-    for k in range(len(block_KN)):
-        units_KN[k] = grid.round(block_KN[k])
-        errors_KN[k] = (block_KN[k] - units_KN[k] * grid.scale) / factor[k, k]
-        block_KN[k + 1 :].addr_(factor[k, k + 1 :], errors_KN[k], alpha=-1)
-    return units_KN, errors_KN
+    """A block in units of the scale, channel by channel, and the errors that later blocks take.
+
+    Written for few operators: on a GPU their launches, for each of the channels, are what it takes.
+    """
+    errors_KN = block_KN.clone()  # each row is a channel until it is rounded, then its error
+    units_KN = torch.empty_like(block_KN)
+    diagonal = factor.diagonal()
+    shares = factor / diagonal[:, None]
+    for k, (error, units) in enumerate(zip(errors_KN, units_KN, strict=True)):
+        grid.format.nearest_(torch.div(error, grid.scale, out=units))
+        error.addcmul_(units, grid.scale, value=-1)
+        errors_KN[k + 1 :].addr_(shares[k, k + 1 :], error, alpha=-1)
+    return units_KN, errors_KN / diagonal[:, None]

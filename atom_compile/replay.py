@@ -47,14 +47,24 @@ class Call:
 
 
 class Stream(Interpreter):
-    """One call under way."""
+    """One call under way.
 
-    def __init__(self, call: Call, linear: Linear) -> None:
-        super().__init__(call.gm, garbage_collect_values=True)
+    returns: whether the graph's result is wanted, for which all that it returns must be kept. A
+        model returns the keys and values of every layer: of all batches that is more than the rest.
+    """
+
+    def __init__(self, call: Call, linear: Linear, returns: bool = False) -> None:
+        super().__init__(call.gm, garbage_collect_values=False)
         self.call = call
         self._found = {found.node: found for found in call.linears}
         self._linear = linear
-        self._pending = list(reversed(list(call.gm.graph.nodes)))
+        nodes = [node for node in call.gm.graph.nodes if returns or node.op != "output"]
+        last_use = {one: node for node in nodes for one in (node, *node.all_input_nodes)}
+        self._done_after: dict[Node, list[Node]] = defaultdict(list)
+        for node, user in last_use.items():
+            if node.op != "output":
+                self._done_after[user].append(node)
+        self._pending = nodes[::-1]
         self.args_iter = iter(call.args)
 
     def advance(self, until: Node | None) -> None:
@@ -62,7 +72,7 @@ class Stream(Interpreter):
         while self._pending and (until is None or until not in self.env):
             node = self._pending.pop()
             self.env[node] = self.run_node(node)
-            for done in self.user_to_last_uses.get(node, ()):
+            for done in self._done_after[node]:
                 del self.env[done]
 
     def value(self, node: Node) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import AtomError, RecipeError
 from .gptq import fit_weight, round_weight
-from .kernels.packing import dequantize_weight
+from .kernels.packing import dequantize_weight, select_rows
 from .passes.linears import FoundLinear, is_weight
 from .passes.transforms import Transform
 from .precision import ACTIVATION_CLIPS, fake_quantize, sample_rows, transform_of
@@ -161,14 +161,21 @@ class Rounder:
             cross.addmm_(exact_x.t(), rounded_x)
         if not bool(hessian.isfinite().all()):
             raise AtomError(f"the input of {work.names[0]} is not finite in the quantized model")
+        # rows do not depend on each other: all linears of one activation at once
+        together = torch.cat([weight.float() for weight in work.transformed])
+        fitted = fit_weight(together, hessian, cross)
+        del cross
+        all_packed, note = round_weight(fitted, hessian, layout, self._scheme.weight_bits)
+        del hessian, fitted
         sample = _sample(work.xs, work.transform)
         rounded_sample = fake_quantize(sample, *numbers)
+        all_rows = torch.arange(len(together), device=together.device)
+        parts = all_rows.split([len(weight) for weight in work.weights])
         largest = 0.0
-        for name, weight, exact in zip(work.names, work.weights, work.transformed, strict=True):
-            fitted = fit_weight(exact, hessian, cross)
-            packed, note = round_weight(fitted, hessian, layout, self._scheme.weight_bits)
+        for name, weight, rows in zip(work.names, work.weights, parts, strict=True):
+            packed, exact = select_rows(all_packed, rows), together[rows]
             self._dense[name] = dequantize_weight(packed, layout)
-            wanted = F.linear(sample, exact.float())
+            wanted = F.linear(sample, exact)
             noise = F.linear(rounded_sample, self._dense[name]) - wanted
             error = float(noise.square().sum() / wanted.square().sum().clamp(min=1e-30))
             on_cpu = type(packed)(*(one.cpu() for one in packed))

@@ -110,9 +110,10 @@ class _Comparison:
         self._found = found
 
     def __call__(self, *args: Any) -> Any:
-        exact = Stream(Call(self._exact, args, ()), _as_it_is)
+        exact = Stream(Call(self._exact, args, ()), _as_it_is, returns=True)
         values = dict(zip(self._run.arguments, args, strict=True))
-        quantized = Stream(Call(self._run.gm, self._arguments(values), ()), _as_it_is)
+        call = Call(self._run.gm, self._arguments(values), ())
+        quantized = Stream(call, _as_it_is, returns=True)
         inputs: dict[Node, Tensor] = {}  # the last one: several linears may read it
         for linear, plan, x, product in self._linears:
             if x not in inputs:

@@ -4,12 +4,11 @@
 
 Perplexity over windows spread evenly over the validation text, as a ratio to float32, and the mean
 Kullback-Leibler divergence of the next token's distribution from float32's: over so few windows
-the ratio moves by some tenths of a percent with noise of any size, the divergence does not. The
-rewritten graphs run uncompiled, through the references. With --outliers, a Python file with
-`inject_outliers(model, scale)`, all of it on a model with outliers. With --statistics, a
-safetensors file of per-channel maxima of a larger model's activations, the signal-to-noise ratio of
-the outputs of linears with such inputs. Rows that FILE has already are kept, and measured on the
-same text or refused.
+the ratio moves by some tenths of a percent with noise of any size, the divergence does not.
+Calibration and all else run on --device; the rewritten graphs run without Inductor, through the
+kernels on a GPU and through the references on a CPU. With --outliers, a Python file with
+`inject_outliers(model, scale)`, all of it on a model with outliers. Rows that FILE has already are
+kept, and measured on the same text and device or refused.
 """
 
 from __future__ import annotations
@@ -19,30 +18,27 @@ import importlib.util
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import atom_compile
 from atom_compile import KVCache, Scheme, compat
+from atom_compile.backend import atom
 from atom_compile.evaluate import text_windows
-from atom_compile.gptq import fit_weight, round_weight
-from atom_compile.kernels.packing import GroupLayout, dequantize_weight, pack_weight
-from atom_compile.precision import ACTIVATION_CLIPS, Noise, fake_quantize, transform_of
 
 WINDOWS, LENGTH, BATCH = 24, 512, 6
-SCHEMES = {
-    "w4a4": Scheme.preset("w4a4"),
-    "w4a4-rotated": Scheme.preset("w4a4-rotated"),
-    "w4ax": Scheme.preset("w4ax"),
-    "w4a8": Scheme.preset("w4a8"),
+PRESETS = "w4a4", "w4a4-rotated", "w4ax", "w4a8", "w4a8-two-level"
+SCHEMES = {name: Scheme.preset(name) for name in PRESETS} | {
+    "w4ax-rotated": replace(Scheme.preset("w4a4-rotated"), int8_share=0.25),
     "w3a3": Scheme(weight_bits=3, activation_bits=3),
+    "w3a3-rotated": Scheme(weight_bits=3, activation_bits=3, rotation=128),
 }
 
 
@@ -64,14 +60,17 @@ ROWS = [
     Row("w4a4-rotated", True, "kv4-rotated"),
     Row("w4a4", True),
     Row("w4ax", True),
+    Row("w4ax-rotated", True),
     Row("w4a8", True),
+    Row("w4a8-two-level", True),
+    Row("w3a3", True),
+    Row("w3a3-rotated", True),
     Row("w4a4", False),
     Row("w4a4-rotated", False),
     Row("w4a8", False),
-    Row("w3a3", True),
+    Row("w4a8-two-level", False),
     Row("w3a3", False),
 ]
-_MEASURED = ("self_attn.q_proj", "self_attn.out_proj", "fc1")
 
 
 def main() -> None:
@@ -82,17 +81,14 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--validation", type=Path, required=True)
     parser.add_argument("--outliers", type=Path)
-    parser.add_argument("--statistics", type=Path)
     parser.add_argument("--rows", nargs="*", choices=[str(row) for row in ROWS])
     parser.add_argument("--windows", type=int, default=32, help="of calibration text")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    # Inductor would take longer to compile a graph than its references take to run
+    # Inductor would take longer to compile a graph than it takes to run
     compat.compile_graph = lambda gm, example_inputs, **_: gm.forward  # type: ignore[assignment]
     result = measure_model(arguments)
-    if arguments.statistics:
-        result["layer_output_snr_db"] = measure_statistics(arguments.statistics)
-        save(result, arguments.out)
     for name, row in result["rows"].items():
         print(f"{name:36} {row['ratio']:.4f}x  {row['kl']:.4f}")
 
@@ -103,8 +99,14 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, Any]:
     model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if arguments.outliers:
         load_function(arguments.outliers, "inject_outliers")(model, 60.0)
-    validation = windows(tokenizer, arguments.validation, WINDOWS)
-    calibration = windows(tokenizer, arguments.calibration, arguments.windows)
+    model.to(arguments.device)
+    validation, calibration = (
+        windows(tokenizer, path, count, arguments.device)
+        for path, count in (
+            (arguments.validation, WINDOWS),
+            (arguments.calibration, arguments.windows),
+        )
+    )
     wanted: list[Tensor] = []
     full = evaluate(model, validation, lambda number, logits: wanted.append(logits.half()))
     result = opened(arguments, full)
@@ -127,7 +129,7 @@ def measure_model(arguments: argparse.Namespace) -> dict[str, Any]:
 def opened(arguments: argparse.Namespace, full: float) -> dict[str, Any]:
     """What `out` holds so far, if it is of the same measurement."""
     header: dict[str, Any] = {
-        "device": platform.machine(),
+        "device": device_name(torch.device(arguments.device)),
         "torch": torch.__version__,
         "model": arguments.model.name,
         "validation": [arguments.validation.name, WINDOWS, LENGTH],
@@ -157,7 +159,7 @@ def measure_recipe(
     full: float,
 ) -> dict[str, Any]:
     torch._dynamo.reset()
-    model.compile(backend="atom", options={"recipe": recipe, "strict": True})
+    model.compile(backend=atom, options={"recipe": recipe, "strict": True})
     divergences: list[float] = []
 
     def compare(number: int, logits: Tensor) -> None:
@@ -165,7 +167,8 @@ def measure_recipe(
             F.kl_div(logits, wanted[number].float(), log_target=True, reduction="sum").item()
         )
 
-    through = None if cache is None else KVCache(model.config, BATCH, LENGTH, cache)
+    device = model.device
+    through = None if cache is None else KVCache(model.config, BATCH, LENGTH, cache, device=device)
     ratio = evaluate(model, batches, compare, through) / full
     model._compiled_call_impl = None
     tokens = sum(len(one) for one in wanted)
@@ -216,70 +219,6 @@ def evaluate(
     return math.exp(total / count)
 
 
-@torch.no_grad()
-def measure_statistics(path: Path) -> dict[str, Any]:
-    """Linears of 256 rows on normal activations whose channels reach the maxima in `path`."""
-    generator = torch.Generator().manual_seed(0)
-    result: dict[str, Any] = {}
-    for name, peaks in pick(load_file(path)):
-        width = peaks.numel()
-        low_rank = torch.randn(64, width, generator=generator)
-
-        def draw(tokens: int, peaks: Tensor = peaks, mixing: Tensor = low_rank) -> Tensor:
-            hidden = torch.randn(tokens, 64, generator=generator) @ mixing / 8
-            noise = torch.randn(tokens, mixing.shape[1], generator=generator)
-            return (0.7 * hidden + 0.7 * noise) * (peaks / 4.0)  # maxima lie at four deviations
-
-        weight = torch.randn(256, width, generator=generator) / math.sqrt(width)
-        x, tested = draw(4096), draw(1024)
-        result[name] = {
-            f"{scheme} {method}": snr(SCHEMES[scheme], method, weight, x, tested)
-            for scheme in SCHEMES
-            for method in ("nearest", "gptq")
-        }
-    return result
-
-
-def pick(statistics: dict[str, Tensor]) -> Sequence[tuple[str, Tensor]]:
-    """The inputs of a block in the middle: q, k and v share theirs, and the widest takes long."""
-    names = [f"model.decoder.layers.12.{name}" for name in _MEASURED]
-    return [(name, statistics[name].float().clamp(min=1e-6)) for name in names]
-
-
-def snr(scheme: Scheme, method: str, weight: Tensor, x: Tensor, tested: Tensor) -> float:
-    """Decibels of the output, of rounding to nearest or of what calibration does."""
-    cut = scheme.layout(weight.shape[1])
-    count = scheme.int8_groups(cut)
-    noise = Noise(cut, scheme, x.square().mean(0), weight.square().sum(0), ("",), (count,))
-    noise.add(x)
-    transform = transform_of(scheme, noise.best(count)[1])
-    layout = transform.layout
-    weight, x, tested = (transform.apply(one) for one in (weight, x, tested))
-    clip = scheme.activation_clip
-    if method == "gptq":
-        if scheme.activation_bits < 8:
-            clip = min(
-                ACTIVATION_CLIPS,
-                key=lambda clip: error(scheme, layout, weight, x[:1024], clip, count),
-            )
-        rounded_x = fake_quantize(x, scheme, layout, clip, count)
-        hessian = rounded_x.t() @ rounded_x
-        fitted = fit_weight(weight, hessian, x.t() @ rounded_x)
-        packed, _ = round_weight(fitted, hessian, layout, scheme.weight_bits)
-    else:
-        packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
-    got = fake_quantize(tested, scheme, layout, clip, count) @ dequantize_weight(packed, layout).t()
-    wanted = tested @ weight.t()
-    return round(10 * math.log10(wanted.square().sum() / (got - wanted).square().sum()), 2)
-
-
-def error(
-    scheme: Scheme, layout: GroupLayout, weight: Tensor, x: Tensor, clip: float, count: int
-) -> float:
-    wrong = fake_quantize(x, scheme, layout, clip, count) - x
-    return float((wrong @ weight.t()).square().sum())
-
-
 def load_function(path: Path, name: str) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -288,8 +227,13 @@ def load_function(path: Path, name: str) -> Any:
     return getattr(module, name)
 
 
-def windows(tokenizer: Any, path: Path, count: int) -> list[Tensor]:
-    return list(text_windows(tokenizer, path.read_text(), count, LENGTH).split(BATCH))
+def windows(tokenizer: Any, path: Path, count: int, device: str) -> list[Tensor]:
+    ids = text_windows(tokenizer, path.read_text(), count, LENGTH)
+    return list(ids.to(device).split(BATCH))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 if __name__ == "__main__":

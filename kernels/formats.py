@@ -96,6 +96,10 @@ class FloatFormat:
         x, steps, binade = self._steps(x)
         return (steps * binade * math.ldexp(1, -self.mantissa_bits)).copysign(x)
 
+    def nearest_(self, x: Tensor) -> Tensor:
+        """`nearest` in place, of float32."""
+        return x.copy_(self.nearest(x))
+
     def _steps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x without NaN; how many whole steps of the codes around it its magnitude is; the binade.
 
@@ -170,4 +174,7 @@ class IntFormat:
         return (1 << (self.bits - 1)) - 1
 
     def nearest(self, x: Tensor) -> Tensor:
-        return x.round().clamp(-self.largest - 1, self.largest)
+        return self.nearest_(x.clone())
+
+    def nearest_(self, x: Tensor) -> Tensor:
+        return x.round_().clamp_(-self.largest - 1, self.largest)

@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import linear_hopper, tuning
+from .arrivals import arrivals_of
+from .devices import multiprocessors
 from .library import define
 from .linear_hopper import HopperTiling
 from .packing import GroupLayout, unpack_int4
@@ -282,7 +284,7 @@ def candidates(M: int, N: int, num_groups: int) -> list[Tiling | HopperTiling]:
     widths = [block for block in (64, 128, 32, 256) if block * block_m <= 128 * 128]
     heights = [block_m] if block_m < 128 else [128, 64]
     splits = [split for split in (1, 2, 4, 8, 16) if split <= num_groups // 2 and split * M <= 2048]
-    hopper = linear_hopper.tilings(two_level=False) if M > _FEW_TOKENS else []
+    hopper = [one for one in linear_hopper.tilings(two_level=False) if one.block_m <= 4 * M]
     return hopper + [
         Tiling(block_n, height, split_k, num_warps, num_stages)
         for num_warps in (4, 8)
@@ -301,14 +303,14 @@ def fastest_tiling(
     two_level: bool = False,
 ) -> Tiling | HopperTiling:  # fmt: skip
     """For sizes that nobody tuned: by a model of what each kernel takes."""
-    multiprocessors = _multiprocessors(device)
+    processors = multiprocessors(device)
     if M > _FEW_TOKENS and linear_hopper.fits(device, N, group_size, outliers):
-        sizes = M, N, num_groups, outliers, two_level, multiprocessors
+        sizes = M, N, num_groups, outliers, two_level, processors
         tiling, microseconds = linear_hopper.best_tiling(*sizes)
-        # measured of linear_kernel: 4 us, and 250 T multiplications a second
-        if microseconds < 4 + M * N * num_groups * group_size / 250e6:
+        # measured of linear_kernel: 7 us, and 280 T multiplications a second
+        if microseconds < 7 + M * N * num_groups * group_size / 280e6:
             return tiling
-    return default_tiling(M, N, num_groups, multiprocessors)
+    return default_tiling(M, N, num_groups, processors)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -337,49 +339,6 @@ def describe(M: int, N: int, layout: GroupLayout, device: torch.device) -> str:
 
 def path_of(tiling: Tiling | HopperTiling) -> str:
     return PATH if isinstance(tiling, Tiling) else linear_hopper.PATH
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class _Arrivals:
-    """Where programs that share a tile count each other: zeros, which every launch leaves zeroed.
-
-    Launches on one stream are in order and share their counters. A captured launch may be replayed
-    on any stream, beside anything but its own graph: it gets counters that no other launch has.
-    """
-
-    MOST_TILES = 512
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._of_stream: dict[int, Tensor] = {}
-        self._for_graphs: Tensor | None = None
-        self._unused: list[Tensor] = []
-
-    def counters(self, tiles: int) -> Tensor:
-        if self._device.type != "cuda" or tiles > self.MOST_TILES:
-            return self._zeros(tiles)
-        if torch.cuda.is_current_stream_capturing():
-            # without a spare row the graph zeroes its own at every replay, for 1 us a launch
-            return self._unused.pop() if self._unused else self._zeros(tiles)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
-        if stream not in self._of_stream:
-            self._of_stream[stream] = self._zeros(self.MOST_TILES)
-            if self._for_graphs is None:  # not during a capture: that memory would be the graph's
-                self._for_graphs = self._zeros(4096, self.MOST_TILES)
-                self._unused = list(self._for_graphs)
-        return self._of_stream[stream]
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=self._device)
-
-
-_arrivals = functools.cache(_Arrivals)
 
 
 def multiply(
@@ -419,7 +378,7 @@ def multiply(
     if isinstance(tiling, Tiling):
         _launch(*arguments, tiling)
     else:
-        linear_hopper.launch(*arguments, tiling, _multiprocessors(codes.device))
+        linear_hopper.launch(*arguments, tiling, multiprocessors(codes.device))
     return out
 
 
@@ -443,7 +402,7 @@ def _launch(
     partial, arrivals = out, out
     if tiling.split_k > 1:
         partial = out.new_empty(tiling.split_k, M, N, dtype=torch.float32)
-        arrivals = _arrivals(codes.device).counters(tiles)
+        arrivals = arrivals_of(codes.device).counters(tiles)
     linear_kernel[(tiles, tiling.split_k)](
         codes,
         scale,

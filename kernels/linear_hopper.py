@@ -8,12 +8,13 @@ tensor cores nor gives warps roles. One program holds three roles, which meet at
                            multiply, and rescale
 
 A tile is out^T = weight codes^T: BLOCK_N = 128 * BLOCKS outputs and BLOCK_M tokens, each warpgroup
-with `BLOCKS` times 64 of the outputs. Programs are persistent and go over the tiles in bands.
+with `BLOCKS` times 64 of the outputs. Programs are persistent and go over the tiles in bands; what
+would be a last, half-empty round of tiles is shared out evenly along K instead ("stream-K", arXiv
+2301.03598): each program leaves a partial sum, and the last to arrive at a tile adds them up.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -30,9 +31,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .arrivals import arrivals_of
+from .devices import is_hopper
+
 _OUTLIER_STEP = 64  # outliers that fill a stage: as many bytes as a group's packed row
 _ROLE_REGISTERS = 240  # of a thread that multiplies; one that loads needs no more than 24
 _TILES_PER_BAND = 8
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, and before
 
 
 @gluon.jit
@@ -43,6 +48,47 @@ def _tile_at(index, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BAND: gl
     height = gl.minimum(gl.cdiv(M, BLOCK_M) - band * BAND, BAND)
     inside = index % (BAND * tiles_n)
     return band * BAND + inside % height, inside // height
+
+
+@gluon.jit
+def _count_segments(tiles, whole_tiles, num_groups):
+    """How many segments this program has; see _segment."""
+    programs = gl.num_programs(0)
+    rounds = gl.maximum(whole_tiles - gl.program_id(0) + programs - 1, 0) // programs
+    shared = (tiles - whole_tiles) * num_groups
+    start = gl.program_id(0) * shared // programs
+    stop = (gl.program_id(0) + 1) * shared // programs
+    parts = (stop + num_groups - 1) // num_groups - start // num_groups
+    return rounds, rounds + (parts if stop > start else 0)
+
+
+@gluon.jit
+def _segment(number, rounds, tiles, whole_tiles, num_groups):
+    """The tile of this program's segment, and which of the tile's groups, from first to end.
+
+    A program takes every so many-th of the whole tiles. The groups of all other tiles, one tile
+    after the other, are cut into as many ranges as there are programs, and a range at tiles' ends.
+    """
+    programs = gl.num_programs(0)
+    shared = (tiles - whole_tiles) * num_groups
+    start = gl.program_id(0) * shared // programs
+    stop = (gl.program_id(0) + 1) * shared // programs
+    if number < rounds:
+        tile = gl.program_id(0) + number * programs
+        first = 0
+        end = num_groups
+    else:
+        nth = start // num_groups + number - rounds
+        tile = whole_tiles + nth
+        first = gl.maximum(start - nth * num_groups, 0)
+        end = gl.minimum(stop - nth * num_groups, num_groups)
+    return tile, first, end
+
+
+@gluon.jit
+def _owner(step, shared):
+    """The program in whose range a step of the shared tiles lies."""
+    return ((step + 1) * gl.num_programs(0) - 1) // shared
 
 
 @gluon.jit
@@ -61,6 +107,7 @@ def _load(
     M,
     N,
     num_groups,
+    whole_tiles,
     outliers_at,
     OUTLIER_STEPS: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
@@ -69,7 +116,7 @@ def _load(
     BAND: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One warp: fills the ring with every group of every tile, and then with its outliers."""
+    """One warp: fills the ring with each segment's groups, and with outliers at a tile's end."""
     GROUP: gl.constexpr = codes_ring.shape[2]
     tokens_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     # cp.async moves at least 4 bytes
@@ -77,13 +124,15 @@ def _load(
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     last_scale = 1 if TWO_LEVEL else num_groups
     step = 0
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        tile_m, tile_n = _tile_at(index, M, N, BLOCK_M, BLOCK_N, BAND)
+    rounds, segments = _count_segments(tiles, whole_tiles, num_groups)
+    for number in range(segments):
+        tile, first, end = _segment(number, rounds, tiles, whole_tiles, num_groups)
+        tile_m, tile_n = _tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
         m = gl.minimum(m0 + gl.arange(0, BLOCK_M, layout=tokens_layout), M - 1)
         n = n0 + gl.arange(0, BLOCK_N, layout=rows_layout)
-        for group in range(num_groups):
+        for group in range(first, end):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             ready = full.index(stage)
@@ -106,23 +155,24 @@ def _load(
                 )
             async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
-        for part in range(OUTLIER_STEPS):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            ready = full.index(stage)
-            mbarrier.expect(ready, BLOCK_M * GROUP + BLOCK_N * GROUP // 2)
-            channel = part * (GROUP // 2)
-            tma.async_copy_global_to_shared(
-                outlier_desc, [n0, channel], ready, weight_ring.index(stage)
-            )
-            tma.async_copy_global_to_shared(
-                codes_desc, [m0, outliers_at + channel], ready, codes_ring.index(stage)
-            )
-            async_copy.async_copy_global_to_shared(
-                scale_ring.index(stage), scale_ptr + gl.cast(last_scale, gl.int64) * M + m
-            )
-            async_copy.mbarrier_arrive(ready, increment_count=False)
-            step += 1
+        if OUTLIER_STEPS > 0:
+            for part in range(OUTLIER_STEPS if end == num_groups else 0):
+                stage = step % STAGES
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                ready = full.index(stage)
+                mbarrier.expect(ready, BLOCK_M * GROUP + BLOCK_N * GROUP // 2)
+                channel = part * (GROUP // 2)
+                tma.async_copy_global_to_shared(
+                    outlier_desc, [n0, channel], ready, weight_ring.index(stage)
+                )
+                tma.async_copy_global_to_shared(
+                    codes_desc, [m0, outliers_at + channel], ready, codes_ring.index(stage)
+                )
+                async_copy.async_copy_global_to_shared(
+                    scale_ring.index(stage), scale_ptr + gl.cast(last_scale, gl.int64) * M + m
+                )
+                async_copy.mbarrier_arrive(ready, increment_count=False)
+                step += 1
 
 
 @gluon.jit
@@ -204,7 +254,7 @@ def _group_rescaled(acc, sums, group_scale_ring, scale_ring, stage, ROW: gl.cons
 @gluon.jit
 def _sum_groups(
     codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
-    num_groups, WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    groups, WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Two groups at a time, each with its own scales: 16 times the sum, (64, BLOCK_M) float32."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
@@ -212,7 +262,7 @@ def _sum_groups(
     ROW: gl.constexpr = 64 * WARPGROUP
     acc = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
     nothing = gl.zeros([64, BLOCK_M], gl.int32, layout=mma)
-    if num_groups % 2 == 1:
+    if groups % 2 == 1:
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         weight = _operand(weight_ring, group_scale_ring, stage, ROW, False, layout)
@@ -222,7 +272,7 @@ def _sum_groups(
         acc = _group_rescaled(acc, sums, group_scale_ring, scale_ring, stage, ROW)
         mbarrier.arrive(empty.index(stage), count=1)
         step += 1
-    for _ in range(num_groups // 2):
+    for _ in range(groups // 2):
         first = step % STAGES
         second = (step + 1) % STAGES
         mbarrier.wait(full.index(first), (step // STAGES) & 1)
@@ -246,16 +296,16 @@ def _sum_groups(
 @gluon.jit
 def _sum_rows(
     codes_ring, weight_ring, group_scale_ring, full, empty, step,
-    num_groups, WARPGROUP: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_M: gl.constexpr,
+    groups, WARPGROUP: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The INT32 sums over all groups of one or two blocks of rows, (64, BLOCK_M) each."""
+    """The INT32 sums over a segment's groups of one or two blocks of rows, (64, BLOCK_M) each."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     ROW: gl.constexpr = 64 * BLOCKS * WARPGROUP
     upper = gl.zeros([64, BLOCK_M], gl.int32, layout=mma)
     lower = upper
-    for _ in range(num_groups):
+    for _ in range(groups):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         codes = codes_ring.index(stage).permute((1, 0))
@@ -273,28 +323,65 @@ def _sum_rows(
 
 
 @gluon.jit
-def _finish(
-    acc, codes_ring, weight_ring, scale_ring, full, step, outlier_scale_ptr, bias_ptr,
-    residual_ptr, out_ptr, m0, n0, M, N, ROW: gl.constexpr, OUTLIER_STEPS: gl.constexpr,
-    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+def _with_outliers(
+    acc, codes_ring, weight_ring, scale_ring, full, step, outlier_scale_ptr, n0, N,
+    ROW: gl.constexpr, OUTLIER_STEPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Adds the outliers, bias and residual of 64 outputs from n0 on, and stores them."""
+    """Adds the outliers' product to 64 outputs from n0 on."""
+    mma: gl.constexpr = acc.type.layout
+    n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    nothing = gl.zeros(acc.shape, gl.int32, layout=mma)
+    outlier_scale = gl.load(outlier_scale_ptr + n, mask=n < N, other=0.0)
+    for part in gl.static_range(OUTLIER_STEPS):
+        stage = (step + part) % STAGES
+        mbarrier.wait(full.index(stage), ((step + part) // STAGES) & 1)
+        weight = weight_ring.index(stage).slice(ROW, 64, dim=0)
+        weight = weight.load(gl.DotOperandLayout(0, mma, 4))
+        codes = codes_ring.index(stage).slice(0, weight.shape[1], dim=1).permute((1, 0))
+        sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        acc = _rescaled(acc, sums, outlier_scale, scale_ring.index(stage))
+    return acc
+
+
+@gluon.jit
+def _gather_parts(
+    acc, partial_ptr, arrivals_ptr, shared_tile, first, end, num_groups, shared_tiles,
+    WARPGROUP: gl.constexpr,
+):  # fmt: skip
+    """Leaves the sum of a part of a tile's groups; whether all are there, and then their sum."""
+    SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
+    rows = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
+    columns = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
+    parts = partial_ptr + WARPGROUP * SIZE + rows[:, None] * acc.shape[1] + columns[None, :]
+    # a program has two parts at most: one that begins with its tile, and one that does not
+    slot = 2 * gl.program_id(0) + (1 if first == 0 else 0)
+    gl.store(parts + slot * (2 * SIZE), acc)
+    _barrier()  # all threads' stores come before this warpgroup's arrival
+    arrival = arrivals_ptr + 2 * shared_tile + WARPGROUP
+    arrived = gl.atomic_add(arrival, end - first, sem="acq_rel")
+    complete = arrived + end - first == num_groups
+    if complete:
+        shared = shared_tiles * num_groups
+        owner = _owner(shared_tile * num_groups, shared)
+        last = _owner((shared_tile + 1) * num_groups - 1, shared)
+        acc = gl.load(parts + (2 * owner + 1) * (2 * SIZE), cache_modifier=".cg")
+        for other in range(owner + 1, last + 1):  # in order: the same bits every time
+            acc += gl.load(parts + 2 * other * (2 * SIZE), cache_modifier=".cg")
+        gl.store(arrival, 0)  # for the next launch
+    return acc, complete
+
+
+@gluon.jit
+def _store(
+    acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """Adds bias and residual to 64 outputs from n0 on, and stores them."""
     BLOCK_M: gl.constexpr = acc.shape[1]
     mma: gl.constexpr = acc.type.layout
     dtype: gl.constexpr = out_ptr.dtype.element_ty
     n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
-    if OUTLIER_STEPS > 0:
-        nothing = gl.zeros([64, BLOCK_M], gl.int32, layout=mma)
-        outlier_scale = gl.load(outlier_scale_ptr + n, mask=n < N, other=0.0)
-        for part in gl.static_range(OUTLIER_STEPS):
-            stage = (step + part) % STAGES
-            mbarrier.wait(full.index(stage), ((step + part) // STAGES) & 1)
-            weight = weight_ring.index(stage).slice(ROW, 64, dim=0)
-            weight = weight.load(gl.DotOperandLayout(0, mma, 4))
-            codes = codes_ring.index(stage).slice(0, weight.shape[1], dim=1).permute((1, 0))
-            sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
-            sums = warpgroup_mma_wait(0, deps=[sums])
-            acc = _rescaled(acc, sums, outlier_scale, scale_ring.index(stage))
     if HAS_BIAS:
         acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[:, None]
     layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])  # 16 bytes a thread
@@ -312,25 +399,27 @@ def _finish(
 @gluon.jit
 def _multiply(
     scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, M, N, num_groups,
-    WARPGROUP: gl.constexpr, OUTLIER_STEPS: gl.constexpr, TWO_LEVEL: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty,
+    M, N, num_groups, whole_tiles, WARPGROUP: gl.constexpr, OUTLIER_STEPS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr, BAND: gl.constexpr,
+    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: its rows of every tile."""
+    """One warpgroup: its rows of every segment's tile."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
     BLOCK_N: gl.constexpr = 128 * BLOCKS
     ROW: gl.constexpr = 64 * BLOCKS * WARPGROUP
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        tile_m, tile_n = _tile_at(index, M, N, BLOCK_M, BLOCK_N, BAND)
+    rounds, segments = _count_segments(tiles, whole_tiles, num_groups)
+    for number in range(segments):
+        tile, first, end = _segment(number, rounds, tiles, whole_tiles, num_groups)
+        tile_m, tile_n = _tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N + ROW
         if TWO_LEVEL:
             upper, lower, step = _sum_rows(
                 codes_ring, weight_ring, group_scale_ring, full, empty, step,
-                num_groups, WARPGROUP, BLOCKS, BLOCK_M, STAGES,
+                end - first, WARPGROUP, BLOCKS, BLOCK_M, STAGES,
             )  # fmt: skip
             n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
             m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, mma))
@@ -343,25 +432,40 @@ def _multiply(
         else:
             acc, step = _sum_groups(
                 codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
-                num_groups, WARPGROUP, BLOCK_M, STAGES,
+                end - first, WARPGROUP, BLOCK_M, STAGES,
             )  # fmt: skip
             acc *= 0.0625  # the codes were 16 times themselves
-        _finish(
-            acc, codes_ring, weight_ring, scale_ring, full, step, outlier_scale_ptr, bias_ptr,
-            residual_ptr, out_ptr, m0, n0, M, N, ROW, OUTLIER_STEPS, STAGES, HAS_BIAS, HAS_RESIDUAL,
-        )  # fmt: skip
+        if OUTLIER_STEPS > 0:
+            if end == num_groups:
+                acc = _with_outliers(
+                    acc, codes_ring, weight_ring, scale_ring, full, step, outlier_scale_ptr, n0, N,
+                    ROW, OUTLIER_STEPS, STAGES,
+                )  # fmt: skip
+                if BLOCKS == 2:
+                    lower_acc = _with_outliers(
+                        lower_acc, codes_ring, weight_ring, scale_ring, full, step,
+                        outlier_scale_ptr, n0 + 64, N, ROW + 64, OUTLIER_STEPS, STAGES,
+                    )  # fmt: skip
+                for part in gl.static_range(OUTLIER_STEPS):
+                    mbarrier.arrive(empty.index((step + part) % STAGES), count=1)
+                step += OUTLIER_STEPS
+        complete = end - first == num_groups
+        if BLOCKS == 1:
+            if not complete:
+                acc, complete = _gather_parts(
+                    acc, partial_ptr, arrivals_ptr, tile - whole_tiles, first, end, num_groups,
+                    tiles - whole_tiles, WARPGROUP,
+                )  # fmt: skip
+        if complete:
+            _store(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
         if BLOCKS == 2:
-            _finish(
-                lower_acc, codes_ring, weight_ring, scale_ring, full, step, outlier_scale_ptr,
-                bias_ptr, residual_ptr, out_ptr, m0, n0 + 64, M, N, ROW + 64, OUTLIER_STEPS, STAGES,
-                HAS_BIAS, HAS_RESIDUAL,
+            _store(
+                lower_acc, bias_ptr, residual_ptr, out_ptr, m0, n0 + 64, M, N, HAS_BIAS,
+                HAS_RESIDUAL,
             )  # fmt: skip
-        for part in gl.static_range(OUTLIER_STEPS):
-            mbarrier.arrive(empty.index((step + part) % STAGES), count=1)
-        step += OUTLIER_STEPS
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "whole_tiles"])
 def linear_hopper_kernel(
     codes_desc,
     weight_desc,
@@ -373,9 +477,12 @@ def linear_hopper_kernel(
     bias_ptr,
     residual_ptr,
     out_ptr,
+    partial_ptr,
+    arrivals_ptr,
     M,
     N,
     num_groups,
+    whole_tiles,
     outliers_at,
     GROUP: gl.constexpr,
     OUTLIER_STEPS: gl.constexpr,
@@ -407,20 +514,20 @@ def linear_hopper_kernel(
         [
             (_multiply, (
                 scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-                codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, M, N,
-                num_groups, gl.constexpr(0), OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCKS, BAND,
-                STAGES, HAS_BIAS, HAS_RESIDUAL,
+                partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring,
+                full, empty, M, N, num_groups, whole_tiles, gl.constexpr(0), OUTLIER_STEPS,
+                TWO_LEVEL, BLOCK_M, BLOCKS, BAND, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_multiply, (
                 scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-                codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, M, N,
-                num_groups, gl.constexpr(1), OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCKS, BAND,
-                STAGES, HAS_BIAS, HAS_RESIDUAL,
+                partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring,
+                full, empty, M, N, num_groups, whole_tiles, gl.constexpr(1), OUTLIER_STEPS,
+                TWO_LEVEL, BLOCK_M, BLOCKS, BAND, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_load, (
                 codes_desc, weight_desc, outlier_desc, scale_ptr, group_scale_ptr, codes_ring,
                 weight_ring, scale_ring, group_scale_ring, full, empty, M, N, num_groups,
-                outliers_at, OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCK_N, BAND, STAGES,
+                whole_tiles, outliers_at, OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCK_N, BAND, STAGES,
             )),
         ],
         [4, 1],
@@ -438,24 +545,22 @@ class HopperTiling(NamedTuple):
     blocks: int
 
 
-_STAGES = {(64, 1): 8, (64, 2): 6, (128, 1): 6, (128, 2): 5}  # as many as shared memory holds
+# as many as shared memory holds
+_STAGES = {(16, 1): 8, (32, 1): 8, (64, 1): 8, (64, 2): 6, (128, 1): 6, (128, 2): 5}
 # microseconds that a tile's step of one group takes, measured on an H100
 _STEP_US = {
-    False: {(64, 1): 0.41, (128, 1): 0.65},
-    True: {(64, 1): 0.35, (64, 2): 0.57, (128, 1): 0.49, (128, 2): 0.83},
-}
-_TILE_US = 2.0  # first loads and last stores
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    False: {(16, 1): 0.25, (32, 1): 0.29, (64, 1): 0.41, (128, 1): 0.65},
+    True: {
+        (16, 1): 0.29, (32, 1): 0.31, (64, 1): 0.35, (64, 2): 0.57, (128, 1): 0.49, (128, 2): 0.83,
+    },
+}  # fmt: skip
+_TILE_US = 3.0  # first loads and last stores
 
 
 def fits(device: torch.device, N: int, group_size: int, outliers: int) -> bool:
     """Whether this kernel can compute a product of these sizes."""
     aligned = N % 16 == 0 and group_size == 2 * _OUTLIER_STEP
-    return _is_hopper(device) and aligned and outliers <= 4 * _OUTLIER_STEP
+    return is_hopper(device) and aligned and outliers <= 4 * _OUTLIER_STEP
 
 
 def tilings(two_level: bool) -> list[HopperTiling]:
@@ -468,13 +573,44 @@ def best_tiling(
     """The fastest one by a simple model, and the microseconds that it should take."""
 
     def cost(tiling: HopperTiling) -> float:
-        tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, 128 * tiling.blocks)
+        tiles = _tiles(M, N, tiling)
         steps: int = num_groups + triton.cdiv(outliers, _OUTLIER_STEP)
-        waves: int = triton.cdiv(tiles, multiprocessors)
-        return waves * (steps * _STEP_US[two_level][tiling] + _TILE_US)
+        tile_us = steps * _STEP_US[two_level][tiling] + _TILE_US
+        whole = whole_tiles(tiles, num_groups, tiling, two_level, multiprocessors)
+        if whole == tiles:
+            rounds: int = triton.cdiv(tiles, multiprocessors)
+            return rounds * tile_us
+        return tiles / multiprocessors * tile_us + _share_us(tiles - whole, tiling, multiprocessors)
 
     best = min(tilings(two_level), key=cost)
     return best, cost(best)
+
+
+def _tiles(M: int, N: int, tiling: HopperTiling) -> int:
+    tiles: int = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, 128 * tiling.blocks)
+    return tiles
+
+
+def whole_tiles(
+    tiles: int, num_groups: int, tiling: HopperTiling, two_level: bool, multiprocessors: int
+) -> int:
+    """How many tiles are computed by one program each; the programs share out the others.
+
+    Those of the last two rounds, one of them half-empty, if that saves more than it costs; with
+    two blocks, whose partial sums would be the largest, it never does.
+    """
+    rounds, rest = divmod(tiles, multiprocessors)
+    whole = max(rounds - 1, 0) * multiprocessors
+    idle = (1 - rest / multiprocessors) * num_groups * _STEP_US[two_level][tiling]
+    if rest == 0 or tiling.blocks > 1 or idle < _share_us(tiles - whole, tiling, multiprocessors):
+        return tiles
+    return whole
+
+
+def _share_us(shared_tiles: int, tiling: HopperTiling, multiprocessors: int) -> float:
+    """What partial sums of tiles take, measured on an H100."""
+    parts = multiprocessors / shared_tiles + 1
+    return parts * (2 + 0.04 * tiling.block_m)
 
 
 def launch(
@@ -497,9 +633,16 @@ def launch(
     width, outliers = codes.shape[-1], outlier_weight.shape[1]
     M = codes.numel() // width
     block_m, blocks = tiling
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, 128 * blocks)
+    tiles = _tiles(M, N, tiling)
+    whole = whole_tiles(tiles, num_groups, tiling, row_scale is not None, multiprocessors)
+    programs = min(tiles, multiprocessors)
+    partial, arrivals = scale, scale.view(torch.int32)  # of their types, and not touched
+    if whole < tiles:
+        programs = min(multiprocessors, (tiles - whole) * num_groups)
+        partial = out.new_empty(2 * programs, 128, block_m, dtype=torch.float32)
+        arrivals = arrivals_of(out.device).counters(2 * (tiles - whole))
     weight_desc = _descriptor(weight.view(-1, half_group), 128 * blocks, half_group)
-    linear_hopper_kernel[(min(tiles, multiprocessors),)](
+    linear_hopper_kernel[(programs,)](
         _descriptor(codes.view(M, width), block_m, 2 * half_group),
         weight_desc,
         _descriptor(outlier_weight, 128 * blocks, _OUTLIER_STEP) if outliers else weight_desc,
@@ -510,9 +653,12 @@ def launch(
         out if bias is None else bias,
         out if residual is None else residual,
         out,
+        partial,
+        arrivals,
         M,
         N,
         num_groups,
+        whole,
         width - outliers,
         GROUP=2 * half_group,
         OUTLIER_STEPS=triton.cdiv(outliers, _OUTLIER_STEP),

@@ -1,9 +1,9 @@
 """The Triton kernel behind every quantize operator: norm or gate, reorder, rotation, codes out.
 
-One program takes one token. It reads the row as it lies in memory and puts it into channel order
-in shared memory: gathering from global memory would take one transaction a channel. Where nothing
-needs the whole row it is cut into pieces, so that even a single token occupies several
-multiprocessors.
+One program takes one token, or one after the other. It reads a row as it lies in memory and puts it
+into channel order in shared memory: gathering from global memory would take one transaction a
+channel. Where nothing needs the whole row it is cut into pieces, so that even a single token
+occupies several multiprocessors.
 
 K channels of a row, `GROUP_SIZE` channels a group, `OUTLIERS` channels after the last group (see
 packing.py).
@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .devices import multiprocessors
 from .packing import OUTLIER_BITS, TINY, GroupLayout
 from .rotate import outlier_block, rotated
 
@@ -48,7 +49,7 @@ class Numbers(NamedTuple):
         return GroupLayout(width, self.group_size, self.outlier_channels, self.per_token)
 
 
-# 1.5 * 2^23: adding and taking it away rounds a small float32 to the nearest even integer
+# 1.5 * 2^23: adding it rounds a small float32 to the nearest even integer, in its last bits
 _ROUNDER = tl.constexpr(12582912.0)
 _TINY = tl.constexpr(TINY)
 
@@ -56,6 +57,13 @@ _TINY = tl.constexpr(TINY)
 @triton.jit
 def _round(x, DTYPE: tl.constexpr):
     return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _sum_of_squares(x):
+    """Of two neighbours by one fused multiply-add; Triton would multiply and add each."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0] // 2, 2)))
+    return tl.sum(tl.fma(even, even, odd * odd), axis=0)
 
 
 @triton.jit
@@ -75,11 +83,11 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _load_channels(
-    x_row,
+def _finish_channels(
+    x,
     up_row,
-    weight_ptr,
-    bias_ptr,
+    weight,
+    bias,
     channel,
     live,
     mean,
@@ -93,15 +101,14 @@ def _load_channels(
     PRODUCT: tl.constexpr,
     RESULT: tl.constexpr,
 ):
-    """The row at `channel` after norm and activation, each step rounded; 0 where not live."""
-    y = tl.load(x_row + channel, mask=live, other=0.0).to(tl.float32)
+    """x at `channel` after norm and activation, each step rounded; 0 where not live."""
+    y = x.to(tl.float32)
     if HAS_NORM:
         y = _round((y - mean) * rstd, NORMED)
         if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + channel, mask=live, other=0.0).to(tl.float32)
-            y = _round(y * weight, PRODUCT)
+            y = _round(y * weight.to(tl.float32), PRODUCT)
         if HAS_BIAS:
-            y += tl.load(bias_ptr + channel, mask=live, other=0.0).to(tl.float32)
+            y += bias.to(tl.float32)
         y = _round(y, RESULT)
     if ACTIVATION != "none":
         y = _round(_activate(y, ACTIVATION), RESULT)
@@ -112,19 +119,24 @@ def _load_channels(
 
 
 @triton.jit
+def _larger(one, other):
+    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _quantize(y, clip_over_largest, largest, AXIS: tl.constexpr):
     """Codes and scale of each group along AXIS; mirrors packing.round_to_codes.
 
-    `largest` has one value, or one that spreads over AXIS.
+    `largest` is one value, or one for each group.
     """
-    scale = tl.maximum(tl.max(tl.abs(y), axis=AXIS) * clip_over_largest, _TINY)
-    poisoned = tl.sum((y != y).to(tl.int32), axis=AXIS) > 0  # tl.max drops NaNs
-    scale = tl.where(poisoned, float("nan"), scale)
-    inverse = tl.div_rn(1.0, scale)
-    codes = y * tl.expand_dims(inverse, AXIS)
-    codes = tl.where(codes == codes, codes, 0.0)
-    codes = tl.minimum(tl.maximum(codes, -largest - 1.0), largest)
-    return ((codes + _ROUNDER) - _ROUNDER).to(tl.int8), scale
+    scale = _larger(tl.reduce(tl.abs(y), AXIS, _larger) * clip_over_largest, _TINY)
+    codes = y * tl.expand_dims(tl.div_rn(1.0, scale), AXIS)
+    # all codes of a group with a NaN or an Inf are 0
+    highest = tl.expand_dims(tl.where(scale < float("inf"), largest, 0.0), AXIS)
+    lowest = tl.expand_dims(tl.where(scale < float("inf"), -largest - 1.0, 0.0), AXIS)
+    codes = tl.minimum(tl.maximum(codes, lowest), highest)
+    # the sum's last byte is the code; a conversion to integers would take eight times as long
+    return (codes + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8), scale
 
 
 @triton.jit
@@ -143,7 +155,7 @@ def _quantize_groups(
     else:
         factor = tl.where(wide, wide_clip_over_largest, clip_over_largest)
         largest = tl.where(wide, WIDE_LARGEST * 1.0, LARGEST * 1.0)
-        codes, scale = _quantize(y, factor, largest[:, None], AXIS=1)
+        codes, scale = _quantize(y, factor, largest, AXIS=1)
     return codes, scale
 
 
@@ -211,9 +223,12 @@ def quantize_rows_kernel(
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    RAGGED: tl.constexpr,
+    EVEN: tl.constexpr,
     ROTATION: tl.constexpr,
     OUTLIER_ROTATION: tl.constexpr,
     WHOLE_ROW: tl.constexpr,
+    STAGES: tl.constexpr,
     CENTER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_UP: tl.constexpr,
@@ -225,74 +240,93 @@ def quantize_rows_kernel(
     PRODUCT: tl.constexpr,
     RESULT: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
-    x_row = x_ptr + m * x_stride
-    up_row = up_ptr + m * up_stride
-    codes_row = codes_ptr + m * (NUM_GROUPS * GROUP_SIZE + OUTLIERS)
     position = piece * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, OUTLIER_BLOCK)
     live_lane = lane < OUTLIERS
     outlier = K - OUTLIERS + lane
     channel = position
+    live = position < K
+    if EVEN:
+        live = tl.full((BLOCK,), True, tl.int1)
     if HAS_ORDER:
-        order = tl.load(order_ptr + position, mask=position < K, other=0)
+        order = tl.load(order_ptr + position, mask=live, other=0)
         outlier = tl.load(order_ptr + outlier, mask=live_lane, other=0)
         if not WHOLE_ROW:
             channel = order
+    weight = 1.0
+    bias = 0.0
+    outlier_weight = 1.0
+    outlier_bias = 0.0
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + channel, mask=live, other=0.0)
+        outlier_weight = tl.load(weight_ptr + outlier, mask=live_lane, other=0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel, mask=live, other=0.0)
+        outlier_bias = tl.load(bias_ptr + outlier, mask=live_lane, other=0.0)
 
-    mean = 0.0
-    rstd = 1.0
-    if HAS_NORM:
-        width = tl.cast(K, tl.float32)
-        row = tl.load(x_row + position, mask=position < K, other=0.0).to(tl.float32)
-        if CENTER:
-            mean = tl.div_rn(tl.sum(row, axis=0), width)
-            row = tl.where(position < K, row - mean, 0.0)
-        variance = tl.div_rn(tl.sum(row * row, axis=0), width)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    x_rows = x_ptr + channel
+    for row in tl.range(tl.program_id(0), M, tl.num_programs(0), num_stages=STAGES):
+        m = tl.cast(row, tl.int64)
+        up_row = up_ptr + m * up_stride
+        codes_row = codes_ptr + m * (NUM_GROUPS * GROUP_SIZE + OUTLIERS)
+        mean = 0.0
+        rstd = 1.0
+        x = tl.load(x_rows + m * x_stride, mask=live, other=0.0)
+        if HAS_NORM:
+            width = tl.cast(K, tl.float32)
+            centered = x.to(tl.float32)
+            if CENTER:
+                mean = tl.div_rn(tl.sum(centered, axis=0), width)
+                centered = tl.where(live, centered - mean, 0.0)
+            variance = tl.div_rn(_sum_of_squares(centered), width)
+            rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
-    y = _load_channels(
-        x_row, up_row, weight_ptr, bias_ptr, channel, position < K, mean, rstd,
-        ACTIVATION, HAS_UP, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
-    )  # fmt: skip
-    if HAS_ORDER and WHOLE_ROW:
-        y = tl.gather(y.to(RESULT), order, axis=0).to(tl.float32)
-    y = tl.where(position < K - OUTLIERS, y, 0.0)
-    if ROTATION > 0:
-        y = rotated(y, BLOCK // ROTATION, ROTATION)
-    _store_groups(
-        y,
-        codes_row,
-        scale_ptr,
-        m,
-        M,
-        piece,
-        clip_over_largest,
-        outlier_clip_over_largest,
-        NUM_GROUPS,
-        GROUP_SIZE,
-        INT8_GROUPS,
-        LARGEST,
-        OUTLIER_LARGEST,
-        BLOCK,
-        PER_TOKEN,
-    )
+        y = _finish_channels(
+            x, up_row, weight, bias, channel, live, mean, rstd,
+            ACTIVATION, HAS_UP, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
+        )  # fmt: skip
+        if HAS_ORDER and WHOLE_ROW:
+            y = tl.gather(y.to(RESULT), order, axis=0).to(tl.float32)
+        if RAGGED:  # else what comes after the last group has codes of its own, or none
+            y = tl.where(position < K - OUTLIERS, y, 0.0)
+        if ROTATION > 0:
+            y = rotated(y, BLOCK // ROTATION, ROTATION)
+        _store_groups(
+            y,
+            codes_row,
+            scale_ptr,
+            m,
+            M,
+            piece,
+            clip_over_largest,
+            outlier_clip_over_largest,
+            NUM_GROUPS,
+            GROUP_SIZE,
+            INT8_GROUPS,
+            LARGEST,
+            OUTLIER_LARGEST,
+            BLOCK,
+            PER_TOKEN,
+        )
 
-    if OUTLIERS > 0:
-        if piece == 0:
-            outliers = _load_channels(
-                x_row, up_row, weight_ptr, bias_ptr, outlier, live_lane, mean, rstd,
-                ACTIVATION, HAS_UP, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
-            )  # fmt: skip
-            if ROTATION > 0:
-                outliers = rotated(outliers, OUTLIER_BLOCK // OUTLIER_ROTATION, OUTLIER_ROTATION)
-            outlier_codes, outlier_scale = _quantize(
-                outliers, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0
-            )
-            tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, outlier_codes, mask=live_lane)
-            outlier_row = tl.cast(1 if PER_TOKEN else NUM_GROUPS, tl.int64)
-            tl.store(scale_ptr + outlier_row * M + m, outlier_scale)
+        if OUTLIERS > 0:
+            if piece == 0:
+                outlier_x = tl.load(x_ptr + m * x_stride + outlier, mask=live_lane, other=0.0)
+                outliers = _finish_channels(
+                    outlier_x, up_row, outlier_weight, outlier_bias, outlier, live_lane, mean, rstd,
+                    ACTIVATION, HAS_UP, HAS_NORM, HAS_WEIGHT, HAS_BIAS, NORMED, PRODUCT, RESULT,
+                )  # fmt: skip
+                if ROTATION > 0:
+                    outliers = rotated(
+                        outliers, OUTLIER_BLOCK // OUTLIER_ROTATION, OUTLIER_ROTATION
+                    )
+                outlier_codes, outlier_scale = _quantize(
+                    outliers, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0
+                )
+                tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, outlier_codes, mask=live_lane)
+                outlier_row = tl.cast(1 if PER_TOKEN else NUM_GROUPS, tl.int64)
+                tl.store(scale_ptr + outlier_row * M + m, outlier_scale)
 
 
 _TRITON_DTYPES = {
@@ -300,6 +334,9 @@ _TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+
+
+_MANY_ROWS = 1024
 
 
 def launch(
@@ -329,8 +366,23 @@ def launch(
     if not whole_row:
         block = min(block, max(group_size, 2048))
     largest, outlier_largest = 2 ** (bits - 1) - 1, 2 ** (OUTLIER_BITS - 1) - 1
+    num_groups, outlier_rotation = layout.num_groups, outlier_block(outlier_channels, rotation)
+    ragged = layout.padded_width != layout.width
+    if (
+        not ragged
+        and not per_token
+        and (outlier_channels, outlier_rotation) == (group_size, rotation)
+    ):
+        # the outliers are one more INT8 group
+        num_groups, int8_groups, outlier_channels = num_groups + 1, int8_groups + 1, 0
     absent = rows  # a pointer that the kernel does not read
-    quantize_rows_kernel[(M, triton.cdiv(layout.grouped_width, block))](
+    # many rows: each program takes several, and reads the next one ahead
+    num_warps = min(max(4, block // 512), 16)
+    rows_at_once = M
+    if norm is not None and M >= _MANY_ROWS:
+        num_warps = min(max(4, block // 1024), 16)
+        rows_at_once = min(M, max(1, 16 // num_warps) * multiprocessors(x.device))
+    quantize_rows_kernel[(rows_at_once, triton.cdiv(num_groups * group_size, block))](
         rows,
         up_rows,
         absent if norm is None or norm.weight is None else norm.weight,
@@ -345,7 +397,7 @@ def launch(
         0.0 if norm is None else norm.eps,
         clip / largest,
         1.0 / outlier_largest,
-        NUM_GROUPS=layout.num_groups,
+        NUM_GROUPS=num_groups,
         GROUP_SIZE=group_size,
         INT8_GROUPS=int8_groups,
         OUTLIERS=outlier_channels,
@@ -354,9 +406,12 @@ def launch(
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=block,
         PER_TOKEN=per_token,
+        RAGGED=per_token or ragged,
+        EVEN=layout.width % block == 0,
         ROTATION=rotation,
-        OUTLIER_ROTATION=outlier_block(outlier_channels, rotation),
+        OUTLIER_ROTATION=outlier_rotation,
         WHOLE_ROW=whole_row,
+        STAGES=3 if rows_at_once < M else 1,
         CENTER=norm is not None and norm.center,
         ACTIVATION=activation,
         HAS_UP=up is not None,
@@ -367,7 +422,7 @@ def launch(
         NORMED=_TRITON_DTYPES[norm.normed_dtype if norm else x.dtype],
         PRODUCT=_TRITON_DTYPES[norm.product_dtype if norm else x.dtype],
         RESULT=_TRITON_DTYPES[dtype or x.dtype],
-        num_warps=min(max(4, block // 512), 16),
+        num_warps=num_warps,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
     )
     return codes, scale

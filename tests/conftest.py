@@ -1,8 +1,12 @@
-"""Without a GPU, Triton's interpreter runs the kernels, and tests marked `gpu` are skipped."""
+"""Without a GPU, Triton's interpreter runs the kernels, and tests marked `gpu` are skipped.
+
+With one, kernels and what is marked `gpu` run there, and everything else on the CPU as ever.
+"""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +21,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    if item.get_closest_marker("gpu") or "kernels" in item.path.parts:
+        return (yield)
+    with mock.patch.object(torch.cuda, "is_available", return_value=False):  # what defaults ask
+        return (yield)
 
 
 @pytest.fixture

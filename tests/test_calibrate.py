@@ -12,6 +12,7 @@ from torch import nn
 import atom_compile
 from atom_compile import AtomError, Recipe, Scheme, gptq, rounding
 from atom_compile.errors import RecipeError
+from atom_compile.replay import Call, Stream
 
 from .capturing import reference_output, relative_error, token_batch
 from .models import HandWritten, tiny_llama
@@ -169,7 +170,7 @@ def test_an_interrupted_calibration_goes_on(
 
     def interrupted(*arguments: Any) -> Any:
         rounds.append(arguments)
-        if len(rounds) == 6:
+        if len(rounds) == 3:
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -180,7 +181,7 @@ def test_an_interrupted_calibration_goes_on(
     with pytest.raises(RecipeError, match="another model, text or scheme"):
         atom_compile.calibrate(llama, BATCHES[:1], progress=False, resume=folder)
     got = calibrated(llama, resume=folder)
-    assert len(rounds) == 6 + 7 - 4  # q, k, v and o were done
+    assert len(rounds) == 3 + 4 - 2  # q, k and v together and o were done
     assert not folder.exists()
     assert got.layers == recipe.layers
     for name, rounded in recipe.rounded.items():
@@ -220,6 +221,22 @@ def test_a_graph_break_is_no_obstacle() -> None:
         Broken().eval(), batches, scheme=Scheme(group_size=64), progress=False
     )
     assert sorted(recipe.rounded) == ["first.weight", "second.weight"]
+
+
+def test_a_replay_keeps_nothing_for_what_the_graph_returns() -> None:
+    class Remembering(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            keys = x * 2.0
+            return torch.tanh(keys), keys
+
+    x = torch.randn(8, 128)
+    call = Call(torch.fx.symbolic_trace(Remembering()), (x,), ())
+    kept = {}
+    for returns in (False, True):
+        stream = Stream(call, lambda found, x, weight: None, returns=returns)
+        stream.advance(None)
+        kept[returns] = [node.op for node in stream.env]
+    assert kept == {False: [], True: ["output"]}
 
 
 def test_refuses_budgets_that_make_no_sense(llama: Any) -> None:

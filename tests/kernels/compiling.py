@@ -95,7 +95,7 @@ class Compiled:
 def main(capability: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "linear_kernel", Compiled(linear.linear_kernel, capability))
-        patch.setattr(linear, "_multiprocessors", lambda device: 132)
+        patch.setattr(linear, "multiprocessors", lambda device: 132)
         patch.setattr(rows, "quantize_rows_kernel", Compiled(rows.quantize_rows_kernel, capability))
         K, N = 1408, 4096
         x = torch.randn(64, K, dtype=torch.bfloat16)
@@ -111,6 +111,14 @@ def main(capability: int) -> None:
         gated_quantize.launch(x, x, order, "silu", *numbers)
         norm_quantize.launch(x, weight, None, order, 1e-6, False, True, x.dtype, *numbers)
         norm_quantize.launch(x, weight, weight, None, 1e-6, True, False, x.dtype, *numbers)
+        ragged = (4, 128, 48, 0.9)
+        norm_quantize.launch(x, weight, weight, order, 1e-6, True, True, x.dtype, *ragged)
+        gated_quantize.launch(x, x, order, "gelu", *ragged, 2, 16)
+        per_token = (8, 128, 128, 1.0, 0, 128, True)
+        quantize.launch(x, *per_token)
+        patch.setattr(rows, "_MANY_ROWS", 1)
+        for one in (numbers, ragged, per_token):
+            norm_quantize.launch(x, weight, None, order, 1e-6, False, True, x.dtype, *one)
         layout = packing.GroupLayout(K, 128, 128)
         packed = packing.pack_weight(torch.randn(N, K), layout, bits=4, clip=0.85)
         for M in (1, 16, 64, 300):
@@ -123,6 +131,12 @@ def main(capability: int) -> None:
             codes, scale = quantize.reference(torch.randn(300, K), *numbers)
             extras = torch.zeros(N), torch.zeros(300, N, dtype=torch.bfloat16), torch.bfloat16
             linear.launch(codes, scale, *packed, *extras, linear_hopper.HopperTiling(128, 1))
+            plain = packing.GroupLayout(K, 128, 0)
+            codes_plain, scale_plain = quantize.reference(torch.randn(300, K), 4, 128, 0, 0.9)
+            packed_plain = packing.pack_weight(torch.randn(N, K), plain, bits=4, clip=0.85)
+            few = linear_hopper.HopperTiling(16, 1)
+            operands = codes_plain, scale_plain, *packed_plain, None, None, torch.bfloat16
+            linear.launch(*operands, few)
             two_levels = packing.pack_two_level(torch.randn(N, K), layout)
             tiling = linear_hopper.HopperTiling(128, 2)
             linear.multiply(codes, scale[:2], *two_levels, *extras, tiling)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atom_compile.kernels import linear, packing, quantize
+from atom_compile.kernels.arrivals import arrivals_of
 from atom_compile.kernels.linear import Tiling, default_tiling
 from atom_compile.kernels.packing import GroupLayout, PackedWeight
 
@@ -198,7 +199,7 @@ def test_graphs_replay_beside_each_other(
     assert default_tiling(16, 1024, 63, 132).split_k > 1
     want = [linear.launch(*call) for call in calls]
     if not spare_counters:
-        monkeypatch.setattr(linear._arrivals(device), "_unused", [])
+        monkeypatch.setattr(arrivals_of(device), "_unused", [])
     graphs, results = [], []
     for _ in range(2):
         graph = torch.cuda.CUDAGraph()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atom_compile.kernels import norm_quantize
+from atom_compile.kernels import norm_quantize, quantize_rows
 from atom_compile.kernels.packing import GroupLayout
 
 from .cases import (
@@ -72,6 +72,16 @@ def test_int8_groups() -> None:
     x = torch.cat([half, -half], dim=-1).float()
     arguments = Arguments(None, None, random_order(344), 1e-5, False, False, torch.float32)
     assert_quantized_alike(launch(x, arguments, layout, 2), reference(x, arguments, layout, 2))
+
+
+@pytest.mark.parametrize("outlier_channels", [16, 128])
+def test_a_program_takes_many_rows(outlier_channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize_rows, "_MANY_ROWS", 1)
+    monkeypatch.setattr(quantize_rows, "multiprocessors", lambda device: 1)
+    layout = GroupLayout(384, 128, outlier_channels)
+    x = torch.randint(-8, 9, (11, 192)).repeat(1, 2).float()
+    arguments = Arguments(None, None, random_order(384), 1e-5, False, False, torch.float32)
+    assert_quantized_alike(launch(x, arguments, layout), reference(x, arguments, layout))
 
 
 @few_examples
