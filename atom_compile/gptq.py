@@ -12,20 +12,25 @@ every step works on one channel of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .kernels.formats import FloatFormat, IntFormat
 from .kernels.packing import (
+    FLOAT_CLIPS,
     OUTLIER_BITS,
     TINY,
+    FloatWeight,
     GroupLayout,
     PackedWeight,
     TwoLevelWeight,
     best_group_scales,
+    best_scale,
     pack_codes,
+    pack_float_codes,
     two_level_codes,
     two_level_row_scale,
 )
@@ -45,14 +50,18 @@ class Rounded(NamedTuple):
     note: str | None
 
 
+class RoundedFloat(NamedTuple):
+    """As `Rounded`, of a floating-point format."""
+
+    packed: FloatWeight
+    note: str | None
+
+
 class _Grid(NamedTuple):
-    """Codes are integers from -largest - 1 to `largest`, times `scale` (N,)."""
+    """The values of a format, times `scale` (N,)."""
 
     scale: Tensor
-    largest: int
-
-    def round(self, x_KN: Tensor) -> Tensor:
-        return (x_KN / self.scale).round().clamp(-self.largest - 1, self.largest)
+    format: FloatFormat | IntFormat
 
 
 def round_weight(
@@ -66,35 +75,76 @@ def round_weight(
 
     clips: the candidates of each group's clip; the best for the output is taken, row by row.
     """
+    format = IntFormat(bits)
     factor, importance, note = _error_factor(hessian.float())
-    remaining_KN = weight.float().t().contiguous()
-    codes_KN = torch.zeros_like(remaining_KN)
+    if not layout.per_token:
+
+        def best(block_KN: Tensor, importance: Tensor) -> _Grid:
+            return _best_grid(block_KN, format, clips, importance)
+
+        return Rounded(pack_codes(*_round_blocks(weight, factor, importance, layout, best)), note)
     # later columns take in errors, but their rows' largest magnitudes hardly change
+    row_scale = two_level_row_scale(layout.split(weight.float())[0])
+
+    def multiple(block_KN: Tensor, importance: Tensor) -> _Grid:
+        return _Grid(best_group_scales(block_KN.t()[:, None], row_scale)[:, 0] * row_scale, format)
+
+    codes, scale, *outliers = _round_blocks(weight, factor, importance, layout, multiple)
+    group_scale = (scale / row_scale[:, None]).round()
+    return Rounded(two_level_codes(codes, group_scale, row_scale, *outliers), note)
+
+
+def round_float_weight(
+    weight: Tensor,
+    hessian: Tensor,
+    layout: GroupLayout,
+    format: FloatFormat,
+    clips: Sequence[float] = FLOAT_CLIPS,
+) -> RoundedFloat:
+    """As `round_weight`, to a floating-point format; layout.per_token: one scale per row."""
+    factor, importance, note = _error_factor(hessian.float())
+    row_grid = None
     if layout.per_token:
-        row_scale = two_level_row_scale(layout.split(weight.float())[0])
+        grouped = layout.width - layout.outlier_channels
+        row_grid = _best_grid(weight.float().t()[:grouped], format, clips, importance[:grouped])
+
+    def grid(block_KN: Tensor, importance: Tensor) -> _Grid:
+        return row_grid or _best_grid(block_KN, format, clips, importance)
+
+    groups, scale, outliers, outlier_scale = _round_blocks(weight, factor, importance, layout, grid)
+    codes, scale = format.round_to(groups), scale[:, :1] if layout.per_token else scale
+    return RoundedFloat(pack_float_codes(codes, scale, outliers, outlier_scale, format), note)
+
+
+def _round_blocks(
+    weight: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    layout: GroupLayout,
+    grid_of: Callable[[Tensor, Tensor], _Grid],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weight in units of its scales, as `pack_codes` takes it.
+
+    grid_of: of a group (channels, N), with the errors of earlier ones in it, and the importance
+        of its channels.
+    """
+    remaining_KN = weight.float().t().contiguous()
+    units_KN = torch.zeros_like(remaining_KN)
+    outlier_scale = weight.new_zeros(weight.shape[0])
     scales = []
     for start, end in _cuts(layout):
         block_KN = remaining_KN[start:end]
         if start < layout.width - layout.outlier_channels:
-            if layout.per_token:
-                steps = best_group_scales(block_KN.t()[:, None], row_scale)[:, 0]
-                grid = _Grid(steps * row_scale, 2 ** (bits - 1) - 1)
-                scales.append(steps)
-            else:
-                grid = _best_grid(block_KN, importance[start:end], bits, clips)
-                scales.append(grid.scale)
+            grid = grid_of(block_KN, importance[start:end])
+            scales.append(grid.scale)
         else:
-            largest = 2 ** (OUTLIER_BITS - 1) - 1
-            grid = _Grid((block_KN.abs().amax(0) / largest).clamp(min=TINY), largest)
-        codes_KN[start:end], errors_KN = _round_block(block_KN, factor[start:end, start:end], grid)
+            format = IntFormat(OUTLIER_BITS)
+            outlier_scale = (block_KN.abs().amax(0) * (1.0 / format.largest)).clamp(min=TINY)
+            grid = _Grid(outlier_scale, format)
+        units_KN[start:end], errors_KN = _round_block(block_KN, factor[start:end, start:end], grid)
         remaining_KN[end:] -= factor[start:end, end:].t() @ errors_KN
-    groups, outliers = layout.split(codes_KN.t())
-    outlier_scale = grid.scale if layout.outlier_channels else weight.new_zeros(weight.shape[0])
-    group_scale = torch.stack(scales, 1)
-    if layout.per_token:
-        two_level = two_level_codes(groups, group_scale, row_scale, outliers, outlier_scale)
-        return Rounded(two_level, note)
-    return Rounded(pack_codes(groups, group_scale, outliers, outlier_scale), note)
+    groups, outliers = layout.split(units_KN.t())
+    return groups, torch.stack(scales, 1), outliers, outlier_scale
 
 
 def fit_weight(weight: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
@@ -155,34 +205,24 @@ def _error_factor(hessian: Tensor) -> tuple[Tensor, Tensor, str | None]:
     return factor.float(), undamped.float(), "; ".join(notes) or None
 
 
-def _best_grid(block_KN: Tensor, importance: Tensor, bits: int, clips: Sequence[float]) -> _Grid:
-    """For each row the clip with the least squared error, channels weighted by `importance` (K,).
-
-    The scale is rounded to bfloat16, as it is stored, before anything is rounded to it.
-    """
-    largest = 2 ** (bits - 1) - 1
-    peak = block_KN.abs().amax(0)
-    best_scale, least = torch.empty_like(peak), torch.full_like(peak, torch.inf)
-    for clip in clips:
-        scale = (peak * (clip / largest)).clamp(min=TINY).to(torch.bfloat16).float()
-        grid = _Grid(scale, largest)
-        error = ((grid.round(block_KN) * scale - block_KN).square() * importance[:, None]).sum(0)
-        better = error < least
-        best_scale, least = torch.where(better, scale, best_scale), torch.minimum(error, least)
-    return _Grid(best_scale, largest)
+def _best_grid(
+    block_KN: Tensor, format: FloatFormat | IntFormat, clips: Sequence[float], importance: Tensor
+) -> _Grid:
+    """For each row the clip with the least squared error, weighted by `importance` (K,)."""
+    return _Grid(best_scale(block_KN, format, clips, importance[:, None], dim=0)[0], format)
 
 
 def _round_block(block_KN: Tensor, factor: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """Codes of a block, one channel after the other, and the errors that later blocks take over.
+    """A block in units of the scale, channel by channel, and the errors that later blocks take.
 
     Written for few operators: on a GPU their launches, for each of the channels, are what it takes.
     """
     errors_KN = block_KN.clone()  # each row is a channel until it is rounded, then its error
-    codes_KN = torch.empty_like(block_KN)
+    units_KN = torch.empty_like(block_KN)
     diagonal = factor.diagonal()
     shares = factor / diagonal[:, None]
-    for k, (error, codes) in enumerate(zip(errors_KN, codes_KN, strict=True)):
-        torch.div(error, grid.scale, out=codes).round_().clamp_(-grid.largest - 1, grid.largest)
-        error.addcmul_(codes, grid.scale, value=-1)
+    for k, (error, units) in enumerate(zip(errors_KN, units_KN, strict=True)):
+        grid.format.nearest_(torch.div(error, grid.scale, out=units))
+        error.addcmul_(units, grid.scale, value=-1)
         errors_KN[k + 1 :].addr_(shares[k, k + 1 :], error, alpha=-1)
-    return codes_KN, errors_KN / diagonal[:, None]
+    return units_KN, errors_KN / diagonal[:, None]

@@ -17,6 +17,16 @@ then cut:
     byte j of a row of a group:   bits 7..4 = channel j + group_size/2      bits 3..0 = channel j
 
   Both are in two's complement.
+* Weights in a floating-point format of 4 to 6 bits (see formats.py) have the low four bits of their
+  codes there, and the others in `high_bits (G, N, group_size * (bits - 4) / 8)` uint8:
+
+    6 bits:   7..6 = channel j + group_size * 3/4   5..4 = j + group_size * 2/4   ...   1..0 = j
+    5 bits:   7    = channel j + group_size * 7/8   6    = j + group_size * 6/8   ...   0    = j
+
+  Bytes of `weight` and of `high_bits` meet without moving anything between threads: with P bytes of
+  `high_bits` in a row of a group, byte j of `weight` holds two codes whose other bits lie in byte
+  j % P, those of the lower code from bit (bits - 4) * (j // P) on, of the upper one 4 bits further.
+  A row may have one scale for all groups: `weight_scale` is then (1, N).
 """
 
 from __future__ import annotations
@@ -28,15 +38,21 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .formats import Float8, FloatFormat, IntFormat
+
 TINY = 1e-30  # a scale of a group of zeros: small, but with a finite reciprocal
 OUTLIER_BITS = 8
+FLOAT_CLIPS = tuple(2.0 ** (step / 8) for step in range(-4, 8))
+"""The shares of the largest magnitude that are tried as the end of a floating-point grid. One that
+ends far past it loses a few codes at most: what changes is where among them the values lie."""
 
 
 @dataclass(frozen=True)
 class GroupLayout:
     """How `width` channels are cut into groups and outliers (see the picture above).
 
-    per_token: a token has one scale for all of its groups, and a weight scales in two levels.
+    per_token: a token has one scale for all of its groups. A weight then scales in two levels, or
+        with one scale per row if it is in a floating-point format.
     """
 
     width: int
@@ -86,6 +102,14 @@ def _codes(x: Tensor, scale: Tensor, largest: int) -> Tensor:
     # times the reciprocal, not a division, as in the kernels: codes agree to the last bit
     codes = torch.nan_to_num((x.float() * (1.0 / scale)).round(), nan=0.0)
     return codes.clamp(-largest - 1, largest).to(torch.int8)
+
+
+def round_to_format(
+    x: Tensor, format: FloatFormat | Float8, clip: float, dim: int = -1
+) -> tuple[Tensor, Tensor]:
+    """As `round_to_codes`, to a floating-point format: its codes and the float32 scale."""
+    scale = (x.abs().amax(dim, keepdim=True).float() * (clip / format.largest)).clamp(min=TINY)
+    return format.round_to(x.float() * (1.0 / scale)), scale.squeeze(dim)
 
 
 class PackedWeight(NamedTuple):
@@ -182,6 +206,75 @@ def two_level_codes(
     return TwoLevelWeight(weight, group_scale, row_scale.float(), outlier_weight, outlier_scale)
 
 
+class FloatWeight(NamedTuple):
+    """A weight in a floating-point format; the module's docstring has the layout.
+
+    weight (G, N, group_size / 2) uint8, high_bits (G, N, group_size * (bits - 4) / 8) uint8,
+    weight_scale (G, N) or (1, N) bfloat16. The outliers as in `PackedWeight`.
+    """
+
+    weight: Tensor
+    high_bits: Tensor
+    weight_scale: Tensor
+    outlier_weight: Tensor
+    outlier_scale: Tensor
+
+
+def pack_float_weight(
+    weight: Tensor,
+    layout: GroupLayout,
+    format: FloatFormat,
+    clips: Sequence[float] = FLOAT_CLIPS,
+) -> FloatWeight:
+    """Quantizes a weight `(N, K)`, columns in order, rounding to nearest.
+
+    clips: of each group, or row, the one with the least squared error is taken.
+    """
+    groups, outliers = layout.split(weight.float())
+    sharing = groups.flatten(1)[:, None] if layout.per_token else groups
+    scale = best_scale(sharing, format, clips)
+    codes = format.round_to(groups / scale)
+    return pack_float_codes(codes, scale.squeeze(-1), *_round_outliers(outliers), format)
+
+
+def pack_float_codes(
+    codes: Tensor, scale: Tensor, outliers: Tensor, outlier_scale: Tensor, format: FloatFormat
+) -> FloatWeight:
+    """As `pack_codes`: uint8 codes (N, G, group_size), scale (N, G) or (N, 1)."""
+    low, high = pack_planes(codes.transpose(0, 1), format.bits)
+    return FloatWeight(
+        low,
+        high,
+        scale.to(torch.bfloat16).t().contiguous(),
+        outliers.to(torch.int8).contiguous(),
+        outlier_scale.float(),
+    )
+
+
+def best_scale(
+    x: Tensor,
+    format: FloatFormat | IntFormat,
+    clips: Sequence[float],
+    importance: Tensor | None = None,
+    dim: int = -1,
+) -> Tensor:
+    """The scale over `dim`, which stays as 1, that leaves the least squared error: float32.
+
+    It is rounded to bfloat16, as it is stored, before anything is rounded to it. clips: the shares
+    of the largest magnitude that are tried as the end of the grid. importance: what an error
+    counts, of a shape that spreads over x.
+    """
+    peak = x.abs().amax(dim, keepdim=True)
+    # of a NaN or an Inf no error is less than infinite: it stays the scale
+    best, least = peak, torch.full_like(peak, torch.inf)
+    for clip in clips:
+        scale = (peak * (clip / format.largest)).clamp(min=TINY).to(torch.bfloat16).float()
+        errors = (format.nearest(x / scale) * scale - x).square()
+        error = (errors if importance is None else errors * importance).sum(dim, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
 def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
     """(N, outlier_channels) -> INT8 codes and (N,) scales, zeros where there are no outliers."""
     if not outliers.shape[1]:
@@ -189,8 +282,9 @@ def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
     return round_to_codes(outliers, OUTLIER_BITS, 1.0)
 
 
-Packed = TypeVar("Packed", bound=PackedWeight | TwoLevelWeight)
-_LED_BY_GROUPS = ("weight", "weight_scale", "group_scale")  # the other tensors begin with the rows
+Packed = TypeVar("Packed", bound=PackedWeight | TwoLevelWeight | FloatWeight)
+# the other tensors begin with the rows
+_LED_BY_GROUPS = ("weight", "high_bits", "weight_scale", "group_scale")
 
 
 def select_rows(packed: Packed, rows: Tensor) -> Packed:
@@ -223,13 +317,54 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)
 
 
+def pack_planes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """uint8 codes (*, group_size) -> the low four bits and the rest, as `FloatWeight` has them."""
+    return _pack_bits(codes & 0xF, 4), _pack_bits(codes >> 4, bits - 4)
+
+
+def unpack_planes(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_planes`."""
+    codes = _unpack_bits(low, 4)
+    return codes | _unpack_bits(high, bits - 4) << 4 if bits > 4 else codes
+
+
+def _pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes (*, width) -> uint8 (*, width * bits / 8): neighbours in a byte lie far apart."""
+    packed = codes.new_zeros(*codes.shape[:-1], codes.shape[-1] * bits // 8)
+    if not bits:
+        return packed
+    for part, shift in zip(codes.chunk(8 // bits, dim=-1), range(0, 8, bits), strict=True):
+        packed |= part << shift
+    return packed
+
+
+def _unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    mask = 2**bits - 1
+    return torch.cat([packed >> shift & mask for shift in range(0, 8, bits)], dim=-1)
+
+
 def dequantize_weight(packed: PackedWeight | TwoLevelWeight, layout: GroupLayout) -> Tensor:
     """The float32 weight `(N, K)`, in order, that the operators compute with. For inspection."""
     if isinstance(packed, TwoLevelWeight):
         scale = packed.group_scale * packed.row_scale
     else:
         scale = packed.weight_scale.float()
-    groups = unpack_int4(packed.weight) * scale[..., None]
+    return _in_order(unpack_int4(packed.weight) * scale[..., None], packed, layout)
+
+
+def dequantize_float_weight(
+    packed: FloatWeight, layout: GroupLayout, format: FloatFormat
+) -> Tensor:
+    """As `dequantize_weight`; the planes do not tell the format."""
+    codes = unpack_planes(packed.weight, packed.high_bits, format.bits)
+    groups = format.decode(codes) * packed.weight_scale.float()[..., None]
+    return _in_order(groups, packed, layout)
+
+
+def _in_order(
+    groups: Tensor, packed: PackedWeight | TwoLevelWeight | FloatWeight, layout: GroupLayout
+) -> Tensor:
+    """groups (G, N, group_size) and the outliers -> (N, K)."""
     grouped = groups.transpose(0, 1).flatten(1)[:, : layout.width - layout.outlier_channels]
     return torch.cat([grouped, packed.outlier_weight * packed.outlier_scale[:, None]], dim=1)
 

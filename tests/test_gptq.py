@@ -8,8 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atom_compile.gptq import fit_weight, round_weight
-from atom_compile.kernels.packing import GroupLayout, dequantize_weight, pack_weight
+from atom_compile.gptq import fit_weight, round_float_weight, round_weight
+from atom_compile.kernels.formats import E2M1, E2M2, E2M3, E3M2, FloatFormat
+from atom_compile.kernels.packing import (
+    GroupLayout,
+    dequantize_float_weight,
+    dequantize_weight,
+    pack_float_weight,
+    pack_weight,
+)
 
 
 def correlated(tokens: int, width: int) -> Tensor:
@@ -46,6 +53,42 @@ def test_output_error_is_smaller_than_of_rounding_to_nearest(
     error = output_error(weight, dequantize_weight(packed, layout), x)
     assert error < 0.8 * output_error(weight, nearest, x)
     assert note is None
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    st.sampled_from([E3M2, E2M3, E2M2, E2M1]),
+    st.sampled_from(
+        [
+            GroupLayout(256, 64, 32),
+            GroupLayout(344, 128, 0),
+            GroupLayout(344, 128, 0, per_token=True),
+            GroupLayout(344, 128, 48, per_token=True),
+        ]
+    ),
+    st.integers(0, 2**32 - 1),
+)
+def test_output_error_of_floating_point_formats_is_smaller_than_of_rounding_to_nearest(
+    format: FloatFormat, layout: GroupLayout, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, x = torch.randn(24, layout.width), correlated(1024, layout.width)
+    packed, note = round_float_weight(weight, x.t() @ x / len(x), layout, format)
+    nearest = pack_float_weight(weight, layout, format)
+    assert [one.shape for one in packed] == [one.shape for one in nearest]
+    got, plain = (dequantize_float_weight(one, layout, format) for one in (packed, nearest))
+    assert output_error(weight, got, x) < 0.8 * output_error(weight, plain, x)
+    assert note is None
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_without_correlations_floating_point_codes_are_the_nearest(per_token: bool) -> None:
+    torch.manual_seed(0)
+    layout = GroupLayout(256, 64, 32, per_token)
+    weight = torch.randn(8, 256)
+    packed, _ = round_float_weight(weight, torch.eye(256), layout, E3M2)
+    for got, want in zip(packed, pack_float_weight(weight, layout, E3M2), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_codes_belong_to_the_scales_that_are_stored() -> None:
