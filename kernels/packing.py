@@ -16,14 +16,15 @@ then cut:
 
     byte j of a row of a group:   bits 7..4 = channel j + group_size/2      bits 3..0 = channel j
 
-  Both are in two's complement.
+  Both are in two's complement. `TwoLevelWeight` and `GroupedWeight` keep the codes alike and their
+  scales otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -182,6 +183,62 @@ def two_level_codes(
     return TwoLevelWeight(weight, group_scale, row_scale.float(), outlier_weight, outlier_scale)
 
 
+class GroupedWeight(NamedTuple):
+    """A weight all of whose channels are in groups, for activations of 16 bits.
+
+    weight (G, N, group_size / 2) uint8 as in `PackedWeight`, weight_scale (G, N) of 16 bits,
+    zero_point (G, N) int8: the code of zero, -8 to 8, or None for 0 everywhere.
+
+        w = (code - zero_point) * weight_scale
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    zero_point: Tensor | None = None
+
+
+def pack_grouped(
+    weight: Tensor, layout: GroupLayout, bits: int, clip: float, symmetric: bool = True
+) -> GroupedWeight:
+    """Quantizes a weight `(N, K)`, columns in order, rounding to nearest. `bits`: 2 to 4."""
+    groups, _ = layout.split(weight.float())
+    if symmetric:
+        packed = pack_weight(weight, layout, bits, clip)
+        return GroupedWeight(packed.weight, packed.weight_scale)
+    scale, zero_point = affine_grid(groups, bits, clip)
+    codes = affine_codes(groups, scale[..., None], zero_point[..., None], bits)
+    return grouped_codes(codes, scale, zero_point)
+
+
+def affine_grid(groups: Tensor, bits: int, clip: float, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """The grid from a group's least to its largest weight, both times `clip`, and through 0.
+
+    Returns scale, float32 with the values that its 16 bits hold, and zero_point; both lack `dim`.
+    """
+    lowest, codes = -(2 ** (bits - 1)), 2**bits - 1
+    least, largest = groups.amin(dim).clamp(max=0.0), groups.amax(dim).clamp(min=0.0)
+    scale = ((largest - least) * (clip / codes)).clamp(min=TINY).to(torch.bfloat16).float()
+    zero_point = (lowest - clip * least / scale).round().clamp(lowest, lowest + codes)
+    return scale, zero_point
+
+
+def affine_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes as floating-point integers, of the shape that the arguments broadcast to."""
+    lowest = -(2 ** (bits - 1))
+    return (x / scale + zero_point).round().clamp(lowest, -lowest - 1)
+
+
+def grouped_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> GroupedWeight:
+    """codes (N, G, group_size), scale (N, G) of 16 bits or to be rounded to bfloat16, zero_point
+    (N, G); codes and zero points of any dtype."""
+    scale = scale if scale.dtype.itemsize == 2 else scale.to(torch.bfloat16)
+    return GroupedWeight(
+        pack_int4(codes.to(torch.int8).transpose(0, 1)),
+        scale.t().contiguous(),
+        None if zero_point is None else zero_point.to(torch.int8).t().contiguous(),
+    )
+
+
 def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
     """(N, outlier_channels) -> INT8 codes and (N,) scales, zeros where there are no outliers."""
     if not outliers.shape[1]:
@@ -189,22 +246,25 @@ def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
     return round_to_codes(outliers, OUTLIER_BITS, 1.0)
 
 
-Packed = TypeVar("Packed", bound=PackedWeight | TwoLevelWeight)
-_LED_BY_GROUPS = ("weight", "weight_scale", "group_scale")  # the other tensors begin with the rows
+AnyWeight = PackedWeight | TwoLevelWeight | GroupedWeight
+Packed = TypeVar("Packed", bound=AnyWeight)
+_LED_BY_GROUPS = ("weight", "weight_scale", "group_scale", "zero_point")  # others begin with rows
 
 
 def select_rows(packed: Packed, rows: Tensor) -> Packed:
     """The packed weight of `weight[rows]`; rows (N',) int64."""
-    return type(packed)(
-        *(one.index_select(dim, rows) for one, dim in zip(packed, _row_dims(packed), strict=True))
+    selected: Any = (
+        None if one is None else one.index_select(dim, rows)
+        for one, dim in zip(packed, _row_dims(packed), strict=True)
     )
+    return type(packed)(*selected)
 
 
 def concatenate_rows(weights: Sequence[Packed]) -> Packed:
     """The packed weight of all the rows, one weight's after the other's."""
-    dims = _row_dims(weights[0])
-    tensors = zip(dims, *weights, strict=True)
-    return type(weights[0])(*(torch.cat(parts, dim) for dim, *parts in tensors))
+    tensors = zip(_row_dims(weights[0]), *weights, strict=True)
+    joined: Any = (None if parts[0] is None else torch.cat(parts, dim) for dim, *parts in tensors)
+    return type(weights[0])(*joined)
 
 
 def _row_dims(packed: Packed) -> list[int]:
@@ -223,14 +283,19 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)
 
 
-def dequantize_weight(packed: PackedWeight | TwoLevelWeight, layout: GroupLayout) -> Tensor:
+def dequantize_weight(packed: AnyWeight, layout: GroupLayout) -> Tensor:
     """The float32 weight `(N, K)`, in order, that the operators compute with. For inspection."""
+    codes = unpack_int4(packed.weight).float()
     if isinstance(packed, TwoLevelWeight):
         scale = packed.group_scale * packed.row_scale
     else:
         scale = packed.weight_scale.float()
-    groups = unpack_int4(packed.weight) * scale[..., None]
+    if isinstance(packed, GroupedWeight) and packed.zero_point is not None:
+        codes = codes - packed.zero_point[..., None]
+    groups = codes * scale[..., None]
     grouped = groups.transpose(0, 1).flatten(1)[:, : layout.width - layout.outlier_channels]
+    if isinstance(packed, GroupedWeight):
+        return grouped
     return torch.cat([grouped, packed.outlier_weight * packed.outlier_scale[:, None]], dim=1)
 
 

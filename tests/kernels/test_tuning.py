@@ -27,7 +27,7 @@ def device_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     """Of a device that this machine need not have; nothing in it yet."""
     monkeypatch.setattr(tuning, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(tuning.path_for, "__defaults__", (tmp_path,))
-    monkeypatch.setattr(linear, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(linear, "multiprocessors_of", lambda _: 132)
     _forget()
     yield tuning.path_for(GPU)
     _forget()
