@@ -3,7 +3,8 @@
     minimize  || W X - Q X ||^2  over Q on the grid,  H = X X^T / tokens
 
 Columns come in channel order, the outliers last, so that the errors of all groups flow into columns
-of INT8. X is what the linear will really read: the *quantized* activation. Sources: GPTQ (arXiv
+of INT8. X is what the linear will really read: the *quantized* activation. Where activations stay in
+16 bits it is GPTQ as published: no outliers, X as it is, channels in any order. Sources: GPTQ (arXiv
 2210.17323), section 3; Atom (arXiv 2310.19102), section 4.
 
 Shapes: N output rows, K input channels in order, G groups. Weights are held transposed, (K, N), as
@@ -21,10 +22,11 @@ from torch import Tensor
 from .kernels.packing import (
     OUTLIER_BITS,
     TINY,
+    AnyWeight,
     GroupLayout,
-    PackedWeight,
-    TwoLevelWeight,
+    affine_grid,
     best_group_scales,
+    grouped_codes,
     pack_codes,
     two_level_codes,
     two_level_row_scale,
@@ -41,18 +43,25 @@ _MOST_DAMPING = 1e3
 class Rounded(NamedTuple):
     """A packed weight, rows as they were and columns in order, and what was unusual about it."""
 
-    packed: PackedWeight | TwoLevelWeight
+    packed: AnyWeight
     note: str | None
 
 
 class _Grid(NamedTuple):
-    """Codes are integers from -largest - 1 to `largest`, times `scale` (N,)."""
+    """Codes are integers from -largest - 1 to `largest`, less `zero_point` (N,), times `scale` (N,)."""
 
     scale: Tensor
     largest: int
+    zero_point: Tensor | None = None
 
     def round(self, x_KN: Tensor) -> Tensor:
-        return (x_KN / self.scale).round().clamp(-self.largest - 1, self.largest)
+        steps = x_KN / self.scale
+        steps = steps if self.zero_point is None else steps + self.zero_point
+        return steps.round().clamp(-self.largest - 1, self.largest)
+
+    def values(self, codes_KN: Tensor) -> Tensor:
+        codes = codes_KN if self.zero_point is None else codes_KN - self.zero_point
+        return codes * self.scale
 
 
 def round_weight(
@@ -61,10 +70,13 @@ def round_weight(
     layout: GroupLayout,
     bits: int,
     clips: Sequence[float] = WEIGHT_CLIPS,
+    weight_only: bool = False,
+    symmetric: bool = True,
 ) -> Rounded:
     """weight (N, K) in channel order, hessian (K, K) of its quantized input, in that order too.
 
     clips: the candidates of each group's clip; the best for the output is taken, row by row.
+    weight_only, symmetric: the kind of weight that results, as in `PackedLinear`.
     """
     factor, importance, note = _error_factor(hessian.float())
     remaining_KN = weight.float().t().contiguous()
@@ -72,7 +84,7 @@ def round_weight(
     # later columns take in errors, but their rows' largest magnitudes hardly change
     if layout.per_token:
         row_scale = two_level_row_scale(layout.split(weight.float())[0])
-    scales = []
+    scales, zero_points = [], []
     for start, end in _cuts(layout):
         block_KN = remaining_KN[start:end]
         if start < layout.width - layout.outlier_channels:
@@ -81,14 +93,18 @@ def round_weight(
                 grid = _Grid(steps * row_scale, 2 ** (bits - 1) - 1)
                 scales.append(steps)
             else:
-                grid = _best_grid(block_KN, importance[start:end], bits, clips)
+                grid = _best_grid(block_KN, importance[start:end], bits, clips, symmetric)
                 scales.append(grid.scale)
+                zero_points.append(grid.zero_point)
         else:
             largest = 2 ** (OUTLIER_BITS - 1) - 1
             grid = _Grid((block_KN.abs().amax(0) / largest).clamp(min=TINY), largest)
         codes_KN[start:end], errors_KN = _round_block(block_KN, factor[start:end, start:end], grid)
         remaining_KN[end:] -= factor[start:end, end:].t() @ errors_KN
     groups, outliers = layout.split(codes_KN.t())
+    if weight_only:
+        zero_point = None if symmetric else torch.stack(zero_points, 1)
+        return Rounded(grouped_codes(groups, torch.stack(scales, 1), zero_point), note)
     outlier_scale = grid.scale if layout.outlier_channels else weight.new_zeros(weight.shape[0])
     group_scale = torch.stack(scales, 1)
     if layout.per_token:
@@ -155,21 +171,31 @@ def _error_factor(hessian: Tensor) -> tuple[Tensor, Tensor, str | None]:
     return factor.float(), undamped.float(), "; ".join(notes) or None
 
 
-def _best_grid(block_KN: Tensor, importance: Tensor, bits: int, clips: Sequence[float]) -> _Grid:
+def _best_grid(
+    block_KN: Tensor, importance: Tensor, bits: int, clips: Sequence[float], symmetric: bool
+) -> _Grid:
     """For each row the clip with the least squared error, channels weighted by `importance` (K,).
 
     The scale is rounded to bfloat16, as it is stored, before anything is rounded to it.
     """
     largest = 2 ** (bits - 1) - 1
     peak = block_KN.abs().amax(0)
-    best_scale, least = torch.empty_like(peak), torch.full_like(peak, torch.inf)
+    least = torch.full_like(peak, torch.inf)
+    best = _Grid(torch.empty_like(peak), largest, None if symmetric else torch.zeros_like(peak))
     for clip in clips:
-        scale = (peak * (clip / largest)).clamp(min=TINY).to(torch.bfloat16).float()
-        grid = _Grid(scale, largest)
-        error = ((grid.round(block_KN) * scale - block_KN).square() * importance[:, None]).sum(0)
-        better = error < least
-        best_scale, least = torch.where(better, scale, best_scale), torch.minimum(error, least)
-    return _Grid(best_scale, largest)
+        if symmetric:
+            scale = (peak * (clip / largest)).clamp(min=TINY).to(torch.bfloat16).float()
+            grid = _Grid(scale, largest)
+        else:
+            scale, zero_point = affine_grid(block_KN, bits, clip, dim=0)
+            grid = _Grid(scale, largest, zero_point)
+        error = (grid.values(grid.round(block_KN)) - block_KN).square() * importance[:, None]
+        better = error.sum(0) < least
+        least = torch.minimum(error.sum(0), least)
+        best.scale[better] = grid.scale[better]
+        if best.zero_point is not None and grid.zero_point is not None:
+            best.zero_point[better] = grid.zero_point[better]
+    return best
 
 
 def _round_block(block_KN: Tensor, factor: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
@@ -178,6 +204,6 @@ def _round_block(block_KN: Tensor, factor: Tensor, grid: _Grid) -> tuple[Tensor,
     codes_KN, errors_KN = torch.empty_like(block_KN), torch.empty_like(block_KN)
     for k in range(len(block_KN)):
         codes_KN[k] = grid.round(block_KN[k])
-        errors_KN[k] = (block_KN[k] - codes_KN[k] * grid.scale) / factor[k, k]
+        errors_KN[k] = (block_KN[k] - grid.values(codes_KN[k])) / factor[k, k]
         block_KN[k + 1 :].addr_(factor[k, k + 1 :], errors_KN[k], alpha=-1)
     return codes_KN, errors_KN

@@ -260,6 +260,11 @@ def select_rows(packed: Packed, rows: Tensor) -> Packed:
     return type(packed)(*selected)
 
 
+def to_device(packed: Packed, device: torch.device | str) -> Packed:
+    moved: Any = (None if one is None else one.to(device) for one in packed)
+    return type(packed)(*moved)
+
+
 def concatenate_rows(weights: Sequence[Packed]) -> Packed:
     """The packed weight of all the rows, one weight's after the other's."""
     tensors = zip(_row_dims(weights[0]), *weights, strict=True)
