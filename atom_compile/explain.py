@@ -74,8 +74,9 @@ def diff(a: Report | str | Path, b: Report | str | Path) -> Difference:
 class Layer:
     """One linear. `operator` is None where it was left as it was; the remarks then say why.
 
-    `quantized_by` is None where activations stay in 16 bits. Bits and outlier channels are None there too. The bytes are its weight's, scales included, and
-    `error` is the noise over signal of its output, where calibration measured it.
+    Bits and outlier channels are None there too. `quantized_by` is also None where activations stay
+    in 16 bits. The bytes are its weight's, scales included, and `error` is the noise over signal of
+    its output, where calibration measured it.
     """
 
     name: str

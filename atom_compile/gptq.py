@@ -3,9 +3,9 @@
     minimize  || W X - Q X ||^2  over Q on the grid,  H = X X^T / tokens
 
 Columns come in channel order, the outliers last, so that the errors of all groups flow into columns
-of INT8. X is what the linear will really read: the *quantized* activation. Where activations stay in
-16 bits it is GPTQ as published: no outliers, X as it is, channels in any order. Sources: GPTQ (arXiv
-2210.17323), section 3; Atom (arXiv 2310.19102), section 4.
+of INT8. X is what the linear will really read: the *quantized* activation. Where activations stay
+in 16 bits it is GPTQ as published: no outliers, X as it is, channels in any order. Sources: GPTQ
+(arXiv 2210.17323), section 3; Atom (arXiv 2310.19102), section 4.
 
 Shapes: N output rows, K input channels in order, G groups. Weights are held transposed, (K, N), as
 every step works on one channel of all rows.
@@ -48,7 +48,7 @@ class Rounded(NamedTuple):
 
 
 class _Grid(NamedTuple):
-    """Codes are integers from -largest - 1 to `largest`, less `zero_point` (N,), times `scale` (N,)."""
+    """Codes, from -largest - 1 to `largest`, stand for (code - zero_point) * scale, both (N,)."""
 
     scale: Tensor
     largest: int
@@ -95,7 +95,8 @@ def round_weight(
             else:
                 grid = _best_grid(block_KN, importance[start:end], bits, clips, symmetric)
                 scales.append(grid.scale)
-                zero_points.append(grid.zero_point)
+                if grid.zero_point is not None:
+                    zero_points.append(grid.zero_point)
         else:
             largest = 2 ** (OUTLIER_BITS - 1) - 1
             grid = _Grid((block_KN.abs().amax(0) / largest).clamp(min=TINY), largest)
@@ -103,7 +104,7 @@ def round_weight(
         remaining_KN[end:] -= factor[start:end, end:].t() @ errors_KN
     groups, outliers = layout.split(codes_KN.t())
     if weight_only:
-        zero_point = None if symmetric else torch.stack(zero_points, 1)
+        zero_point = torch.stack(zero_points, 1) if zero_points else None
         return Rounded(grouped_codes(groups, torch.stack(scales, 1), zero_point), note)
     outlier_scale = grid.scale if layout.outlier_channels else weight.new_zeros(weight.shape[0])
     group_scale = torch.stack(scales, 1)

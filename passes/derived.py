@@ -178,7 +178,7 @@ two, and how many of the operands are the activation's."""
 
 def operands_of(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The activation's operands of a product and its packed weight's, without the bias."""
-    count = PRODUCTS[product.target]
+    count = PRODUCTS[product.target]  # type: ignore[index]
     return product.args[:count], product.args[count:-3]
 
 

@@ -144,7 +144,7 @@ def test_kernel_in_other_tilings(tiling: Tiling, group_size: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_code_and_zero_point_is_exact(dtype: torch.dtype) -> None:
-    """The identity times it gives the weight: differences of codes, 16 zero points in turn."""
+    """The identity times a weight is the weight; its rows have all the zero points there are."""
     codes = (torch.arange(17 * 64).reshape(17, 2, 32) % 16) - 8
     zero_point = torch.arange(-8, 9)[:, None].expand(17, 2)
     weight = grouped_codes(codes, torch.ones(17, 2), zero_point)
@@ -215,5 +215,21 @@ def test_kernel_on_real_shapes(
     args = arguments((M,), N, layout, dtype, symmetric=symmetric, extras=True, device=device)
     with poisoned_memory():
         got = operator.launch(*args, dtype)
-    # the reference's float32 sums on a GPU: cuBLAS rounds nothing in between unless asked to
+    # many tokens read weights that were rounded to the dtype
     assert_alike(got, reference(args).cpu(), rounding=torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 16, 300])
+def test_graphs_replay(M: int) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    layout = GroupLayout(8192, 128, 0)
+    args = arguments((M,), 1024, layout, torch.bfloat16, symmetric=False, device=device)
+    want = operator.launch(*args, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = operator.launch(*args, torch.bfloat16)
+    for _ in range(5):
+        got.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(got, want)

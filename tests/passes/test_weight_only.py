@@ -1,4 +1,4 @@
-"""Schemes that leave activations in 16 bits: no quantize, one product, and a reorder if asked for."""
+"""Schemes that leave activations in 16 bits: products, and reorders if asked for."""
 
 from __future__ import annotations
 
