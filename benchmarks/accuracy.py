@@ -42,6 +42,7 @@ SCHEMES = {
     "w4a4-rotated": Scheme.preset("w4a4-rotated"),
     "w4ax": Scheme.preset("w4ax"),
     "w4a8": Scheme.preset("w4a8"),
+    "w4a16": Scheme.preset("w4a16"),
     "w3a3": Scheme(weight_bits=3, activation_bits=3),
 }
 
@@ -65,9 +66,11 @@ ROWS = [
     Row("w4a4", True),
     Row("w4ax", True),
     Row("w4a8", True),
+    Row("w4a16", True),
     Row("w4a4", False),
     Row("w4a4-rotated", False),
     Row("w4a8", False),
+    Row("w4a16", False),
     Row("w3a3", True),
     Row("w3a3", False),
 ]

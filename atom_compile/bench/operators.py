@@ -134,6 +134,12 @@ def _weight_only_case(
 ) -> list[Case]:
     dtype, layout = setting.dtype, setting.scheme.layout(K)
     checked = checked_tokens(setting, M)
+
+    def reference(x: Tensor, *packed: Tensor | None) -> Tensor:
+        arguments: tuple[Any, ...] = (x[checked], *packed, None, None, dtype)
+        out: Tensor = weight_only_linear.reference(*arguments)
+        return out
+
     return [
         _case_of_linear(setting, op, M, N, K)(
             variant="fused",
@@ -142,9 +148,7 @@ def _weight_only_case(
             function=lambda *inputs: weight_only_linear.weight_only_linear(
                 *inputs, None, None, dtype
             ),
-            reference=lambda x, *packed: weight_only_linear.reference(
-                x[checked], *packed, None, None, dtype
-            ),
+            reference=reference,
             flops=2 * M * N * K,
             path=weight_only_linear.describe(M, N, layout, dtype, setting.device),
         )
