@@ -135,6 +135,7 @@ def weight_only_kernel(
     M,
     N,
     K,
+    weight_rows,
     num_groups,
     HALF_GROUP: tl.constexpr,
     HALF_STEP: tl.constexpr,
@@ -151,8 +152,10 @@ def weight_only_kernel(
     """One tile of out^T = weight x^T: a weight on the left stays in registers, unpacked.
 
     A step is a group, or the part of a large one whose codes lie in HALF_STEP bytes of a row.
-    Programs along the grid's second axis split K, as in `linear_kernel`. RAGGED: the last group is
-    not full, and what lies behind a token's last channel is another token's.
+    Programs along the grid's second axis split K, as in `linear_kernel`. A group begins
+    `weight_rows` rows after the one before: N, or more where the weight is part of a larger one.
+    RAGGED: the last group is not full, and what lies behind a token's last channel is another
+    token's.
     """
     STEPS: tl.constexpr = HALF_GROUP // HALF_STEP  # a group's
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -175,7 +178,7 @@ def weight_only_kernel(
     first = split * num_groups // splits
     end = (split + 1) * num_groups // splits
     # Triton does not pipeline loads this small: they are fetched one step ahead
-    scale_at = tl.cast(first, tl.int64) * N + n
+    scale_at = tl.cast(first, tl.int64) * weight_rows + n
     scale = tl.load(weight_scale_ptr + scale_at, mask=live_n, other=0.0)
     zero_point = tl.zeros((BLOCK_N,), dtype=tl.int8)
     if HAS_ZERO_POINT:
@@ -183,11 +186,12 @@ def weight_only_kernel(
     for step in range(first * STEPS, end * STEPS):
         group = step // STEPS
         byte = (step % STEPS) * HALF_STEP
-        following = tl.cast(tl.minimum((step + 1) // STEPS, num_groups - 1), tl.int64) * N + n
+        following = tl.cast(tl.minimum((step + 1) // STEPS, num_groups - 1), tl.int64)
+        following = following * weight_rows + n
         next_scale = tl.load(weight_scale_ptr + following, mask=live_n, other=0.0)
         if HAS_ZERO_POINT:
             next_zero_point = tl.load(zero_point_ptr + following, mask=live_n, other=0)
-        packed = tl.load(weight_tile + tl.cast(group, tl.int64) * N * HALF_GROUP + byte)
+        packed = tl.load(weight_tile + tl.cast(group, tl.int64) * weight_rows * HALF_GROUP + byte)
         channel = group * 2 * HALF_GROUP + byte
         if RAGGED:
             low_live = channel + lane[:, None] < K
@@ -221,6 +225,7 @@ def dequantize_kernel(
     out_ptr,
     N,
     K,
+    weight_rows,
     HALF_GROUP: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -231,7 +236,7 @@ def dequantize_kernel(
     group = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_n = n < N
-    at = tl.cast(group, tl.int64) * N + n
+    at = tl.cast(group, tl.int64) * weight_rows + n
     lane = tl.arange(0, HALF_GROUP)
     packed = tl.load(weight_ptr + at[:, None] * HALF_GROUP + lane, mask=live_n[:, None], other=0)
     scale = tl.load(weight_scale_ptr + at, mask=live_n, other=0.0).to(tl.float32)[:, None]
@@ -342,6 +347,7 @@ def multiply_packed(
         x.numel() // K,
         N,
         K,
+        weight.stride(0) // half_group,
         num_groups,
         HALF_GROUP=half_group,
         HALF_STEP=min(half_group, _MOST_CHANNELS // 2),
@@ -379,6 +385,7 @@ def multiply_dense(
         dense,
         N,
         x.shape[-1],
+        weight.stride(0) // half_group,
         HALF_GROUP=half_group,
         HAS_ZERO_POINT=zero_point is not None,
         BLOCK_N=block_n,

@@ -142,6 +142,20 @@ def test_kernel_in_other_tilings(tiling: Tiling, group_size: int) -> None:
     assert_alike(got, reference(args))
 
 
+def test_rows_of_a_larger_weight() -> None:
+    """What several linears read of a weight that they share."""
+    args = arguments((5,), 70, GroupLayout(344, 64, 0), symmetric=False)
+    part = args._replace(**{name: getattr(args, name)[:, 20:50] for name in GroupedWeight._fields})
+    want = reference(args)[:, 20:50]
+    assert_alike(reference(part), want)
+    moved = args.to(kernel_device())
+    part = moved._replace(
+        **{name: getattr(moved, name)[:, 20:50] for name in GroupedWeight._fields}
+    )
+    for got in (operator.launch(*part, args.dtype), MULTIPLY_DENSE(*part)):
+        assert_alike(got, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_code_and_zero_point_is_exact(dtype: torch.dtype) -> None:
     """The identity times a weight is the weight; its rows have all the zero points there are."""
