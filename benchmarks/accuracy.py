@@ -20,6 +20,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ SCHEMES = {
     "w4ax": Scheme.preset("w4ax"),
     "w4a8": Scheme.preset("w4a8"),
     "w4a16": Scheme.preset("w4a16"),
+    "w4a16-asymmetric": replace(Scheme.preset("w4a16"), symmetric=False),
     "w3a3": Scheme(weight_bits=3, activation_bits=3),
 }
 
@@ -67,6 +69,7 @@ ROWS = [
     Row("w4ax", True),
     Row("w4a8", True),
     Row("w4a16", True),
+    Row("w4a16-asymmetric", True),
     Row("w4a4", False),
     Row("w4a4-rotated", False),
     Row("w4a8", False),

@@ -201,19 +201,19 @@ def pack_grouped(
     weight: Tensor, layout: GroupLayout, bits: int, clip: float, symmetric: bool = True
 ) -> GroupedWeight:
     """Quantizes a weight `(N, K)`, columns in order, rounding to nearest. `bits`: 2 to 4."""
-    groups, _ = layout.split(weight.float())
     if symmetric:
         packed = pack_weight(weight, layout, bits, clip)
         return GroupedWeight(packed.weight, packed.weight_scale)
+    groups, _ = layout.split(weight.float())
     scale, zero_point = affine_grid(groups, bits, clip)
     codes = affine_codes(groups, scale[..., None], zero_point[..., None], bits)
     return grouped_codes(codes, scale, zero_point)
 
 
 def affine_grid(groups: Tensor, bits: int, clip: float, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """The grid from a group's least to its largest weight, both times `clip`, and through 0.
+    """The grid from a group's least to its largest weight, both times `clip`, that holds 0.
 
-    Returns scale, float32 with the values that its 16 bits hold, and zero_point; both lack `dim`.
+    Returns scale, float32 but rounded to bfloat16, and zero_point as floats; both lack `dim`.
     """
     lowest, codes = -(2 ** (bits - 1)), 2**bits - 1
     least, largest = groups.amin(dim).clamp(max=0.0), groups.amax(dim).clamp(min=0.0)

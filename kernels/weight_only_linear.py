@@ -62,7 +62,7 @@ def fake(
 
 @triton.constexpr_function
 def _unpacking(dtype, pack):
-    """PTX that makes 4-bit codes of 16-bit floats, two bytes at a time, and its operands' kinds.
+    """PTX that makes 16-bit floats of 4-bit codes, two bytes at a time.
 
     The bytes are spread over the halves of a register. The mantissa of 128 in bfloat16, of 1024 in
     float16, counts in ones: a code plus 8 in its last bits makes it 136 or 1032 plus the code. To
