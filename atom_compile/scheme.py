@@ -41,7 +41,7 @@ class Scheme:
         faster for many tokens. Needs 8-bit activations and 4-bit weights, whose clip is searched
         for; `weight_clip` is not read. Source: QServe (arXiv 2405.04532), section 4.1.
     symmetric: False gives each group of a weight a zero point, so that all 16 codes are used: of
-        prose-llama-25m with GPTQ the divergence falls by 13 %. Needs 16-bit activations.
+        prose-llama-25m with GPTQ the divergence falls by an eighth. Needs 16-bit activations.
     act_order: with 16-bit activations, channels in descending order of magnitude, so that GPTQ
         rounds the most important ones first and groups hold alike ones; at the price of a reorder
         of each linear's input. Otherwise their channels stay as they are. Source: the authors' code

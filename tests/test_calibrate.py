@@ -167,11 +167,11 @@ def test_an_interrupted_calibration_goes_on(
     folder = tmp_path / "partial"
     real, rounds = gptq.round_weight, []
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **named: Any) -> Any:
         rounds.append(arguments)
         if len(rounds) == 6:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(rounding, "round_weight", interrupted)
     with pytest.raises(KeyboardInterrupt):
