@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from atom_compile import Recipe, Scheme, calibrate, explain
+from atom_compile import KVCache, Recipe, Scheme, calibrate, explain
 from atom_compile.errors import OptionError
 from atom_compile.passes.derived import PackedLinear
 from atom_compile.signal_noise import measure_layers
@@ -135,3 +135,28 @@ def test_what_only_it_goes_with(field: dict[str, Any]) -> None:
         Scheme(**field)
     with pytest.raises(OptionError, match="group_size is 32"):
         Scheme(group_size=32)
+
+
+@torch.no_grad()
+def test_a_quantized_cache_goes_with_it(graphs_run_eagerly: list[Any]) -> None:
+    model, ids = tiny_llama(), token_batch(2, 12)
+    cache = KVCache(model.config, 2, 16, "kv4", device="cpu")
+    model.compile(backend="atom", options={"scheme": W4A16, "strict": True})
+    got = [model(piece, past_key_values=cache).logits for piece in ids.split((11, 1), dim=1)]
+    operators = {str(node.target) for graph in graphs_run_eagerly for node in graph.graph.nodes}
+    assert {"atom.weight_only_linear.default", "atom.attention.default"} <= operators
+    assert not any("quantize" in name for name in operators)
+    wanted = model.forward(ids).logits
+    assert relative_error(torch.cat(got, dim=1), wanted) < 0.4
+
+
+@torch.no_grad()
+def test_inductor_compiles_it() -> None:
+    torch._dynamo.reset()
+    model, ids = HandWritten(depth=1).eval(), token_batch()
+    compiled = torch.compile(model, backend="atom", options={"scheme": ASYMMETRIC, "strict": True})
+    for length in (12, 7, 1):
+        piece = ids[:, :length]
+        wanted = reference_output(model, piece, scheme=ASYMMETRIC)
+        torch.testing.assert_close(compiled(piece), wanted, rtol=1e-3, atol=1e-3)
+    torch._dynamo.reset()
