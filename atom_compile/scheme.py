@@ -107,7 +107,7 @@ class Scheme:
             if weight_only and getattr(self, name):
                 raise OptionError(
                     f"{name} is {getattr(self, name)}; with activation_bits=16 no activation is "
-                    "rounded, and none needs it: leave it at 0"
+                    "rounded, and none needs it: leave it out"
                 )
 
     def _check_rotation(self) -> None:

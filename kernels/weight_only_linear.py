@@ -258,10 +258,11 @@ def dequantize_kernel(
 
 PATH = "triton 16-bit"
 DEQUANTIZE = "dequantize, cuBLAS"
-_MOST_TOKENS = 256  # from here on the weight is dequantized; an estimate, not yet measured
+_MOST_TOKENS = 256  # for more the weight is dequantized; an estimate, not yet measured
 _MOST_CHANNELS = 128  # a step's
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_tiling(
     M: int, N: int, num_groups: int, dtype: torch.dtype, device: torch.device
 ) -> Tiling | None:
@@ -270,7 +271,7 @@ def choose_tiling(
         return None
     tiling = linear.default_tiling(M, N, num_groups, linear.multiprocessors_of(device))
     # two warps multiply by mma.sync, on Hopper too, which takes its weights by whole words: a third
-    # fewer instructions at 8 tokens than wgmma, which from 32 on is the leaner one
+    # fewer instructions than with wgmma at 8 tokens, as many at 32, a third more at 64
     few = tiling.block_m <= 16
     # what the shared memory of every GPU since sm_80 holds
     block_m = min(tiling.block_m, 128 if dtype.itemsize == 2 else 32)

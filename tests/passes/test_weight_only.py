@@ -154,7 +154,8 @@ def test_a_quantized_cache_goes_with_it(graphs_run_eagerly: list[Any]) -> None:
 def test_inductor_compiles_it() -> None:
     torch._dynamo.reset()
     model, ids = HandWritten(depth=1).eval(), token_batch()
-    compiled = torch.compile(model, backend="atom", options={"scheme": ASYMMETRIC, "strict": True})
+    options: dict[str, Any] = {"scheme": ASYMMETRIC, "strict": True}
+    compiled = torch.compile(model, backend="atom", options=options)
     for length in (12, 7, 1):
         piece = ids[:, :length]
         wanted = reference_output(model, piece, scheme=ASYMMETRIC)
