@@ -85,8 +85,11 @@ def calibrate(
     if not gptq and not scheme.int8_share and error_budget is None:
         return recipe
     together = abreast(statistics.calls)
-    measured = _measure(together, recipe, error_budget, progress)
-    orders, layers = _choose(measured, scheme, error_budget)
+    if scheme.activation_bits == 16:
+        orders, layers = _weight_only(together, recipe)
+    else:
+        measured = _measure(together, recipe, error_budget, progress)
+        orders, layers = _choose(measured, scheme, error_budget)
     rounded: dict[str, RoundedWeight] = {}
     if gptq:
         rounder = Rounder(scheme, orders, layers, error_budget, resume)
@@ -135,6 +138,15 @@ def _measure(
                 noises |= {found.name: noise for found in group}
         Stream(call, see).advance(None)
     return list({id(noise): noise for noise in noises.values()}.values())
+
+
+def _weight_only(
+    together: Sequence[Sequence[Call]], recipe: Recipe
+) -> tuple[dict[str, Tensor], dict[str, LayerChoice]]:
+    """Activations that are not rounded have no noise to measure."""
+    groups = [group for calls in together for group in calls[0].names]
+    orders = {name: recipe.default_order(group[0]) for group in groups for name in group}
+    return orders, {name: LayerChoice(activation_clip=1.0) for name in orders}
 
 
 def _spread(calls: Sequence[Call]) -> Sequence[Call]:

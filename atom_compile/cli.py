@@ -81,7 +81,7 @@ def explain(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w4a4, w4a4-rotated, w4ax, w4a8 or w4a8-two-level; "
+            help="w4a4, w4a4-rotated, w4ax, w4a8, w4a8-two-level or w4a16; "
             "by default the recipe's own, or w4a4."
         ),
     ] = None,
@@ -251,7 +251,7 @@ def evaluate(
     scheme: Annotated[
         list[str] | None,
         typer.Option(
-            help="w4a4, w4a4-rotated, w4ax, w4a8: one, several separated by commas, or the option "
+            help="w4a4, w4a4-rotated, w4ax, w4a8, w4a16: one, several by commas, or the option "
             "again; by default the recipe's own, or w4a4."
         ),
     ] = None,

@@ -23,6 +23,7 @@ from .capture import captured
 from .errors import AtomError, OptionError, unknown
 from .files import write_text
 from .options import Options
+from .passes.derived import operands_of
 from .passes.graphs import value
 from .passes.linears import is_weight
 from .passes.pipeline import Rewrite
@@ -73,8 +74,9 @@ def diff(a: Report | str | Path, b: Report | str | Path) -> Difference:
 class Layer:
     """One linear. `operator` is None where it was left as it was; the remarks then say why.
 
-    Bits and outlier channels are None there too. The bytes are its weight's, scales included, and
-    `error` is the noise over signal of its output, where calibration measured it.
+    Bits and outlier channels are None there too. `quantized_by` is also None where activations stay
+    in 16 bits. The bytes are its weight's, scales included, and `error` is the noise over signal of
+    its output, where calibration measured it.
     """
 
     name: str
@@ -232,10 +234,13 @@ def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
             name for name, at in (("bias", -3), ("residual", -2)) if product.args[at] is not None
         ]
         operator = " + ".join([operator_name(product), *extras])
-        quantized_by = operator_name(product.args[0].args[0])  # type: ignore[union-attr,arg-type]
+        activation, weight = operands_of(product)
+        if len(activation) > 1:
+            quantized_by = operator_name(activation[0].args[0])
         # each packed tensor has a row per output: a merged product's rows are its layers'
         packed = product.meta["atom_packed"]
-        after = sum(map(_bytes, product.args[2:-3])) * found.out_features // packed.out_features
+        packed_bytes = sum(_bytes(one) for one in weight if one is not None)
+        after = packed_bytes * found.out_features // packed.out_features
     return Layer(
         found.name,
         found.out_features,

@@ -23,12 +23,13 @@ from .kernels.packing import (
     FLOAT_CLIPS,
     OUTLIER_BITS,
     TINY,
+    AnyWeight,
     FloatWeight,
     GroupLayout,
-    PackedWeight,
-    TwoLevelWeight,
+    affine_grid,
     best_group_scales,
     best_scale,
+    grouped_codes,
     pack_codes,
     pack_float_codes,
     two_level_codes,
@@ -46,7 +47,7 @@ _MOST_DAMPING = 1e3
 class Rounded(NamedTuple):
     """A packed weight, rows as they were and columns in order, and what was unusual about it."""
 
-    packed: PackedWeight | TwoLevelWeight
+    packed: AnyWeight
     note: str | None
 
 
@@ -58,10 +59,22 @@ class RoundedFloat(NamedTuple):
 
 
 class _Grid(NamedTuple):
-    """The values of a format, times `scale` (N,)."""
+    """The values of a format less `zero_point` (N,), times `scale` (N,)."""
 
     scale: Tensor
     format: FloatFormat | IntFormat
+    zero_point: Tensor | None = None
+
+    def units_(self, x_KN: Tensor) -> Tensor:
+        """The format's values nearest to x, which is overwritten."""
+        x_KN.div_(self.scale)
+        if self.zero_point is not None:
+            x_KN.add_(self.zero_point)
+        return self.format.nearest_(x_KN)
+
+    def centered(self, units_KN: Tensor) -> Tensor:
+        """What is left to multiply by the scale."""
+        return units_KN if self.zero_point is None else units_KN - self.zero_point
 
 
 def round_weight(
@@ -70,13 +83,29 @@ def round_weight(
     layout: GroupLayout,
     bits: int,
     clips: Sequence[float] = WEIGHT_CLIPS,
+    weight_only: bool = False,
+    symmetric: bool = True,
 ) -> Rounded:
     """weight (N, K) in channel order, hessian (K, K) of its quantized input, in that order too.
 
     clips: the candidates of each group's clip; the best for the output is taken, row by row.
+    weight_only, symmetric: the kind of weight that results, as in `PackedLinear`.
     """
     format = IntFormat(bits)
     factor, importance, note = _error_factor(hessian.float())
+    if weight_only:
+        zero_points: list[Tensor] = []
+
+        def grid_of(block_KN: Tensor, importance: Tensor) -> _Grid:
+            if symmetric:
+                return _best_grid(block_KN, format, clips, importance)
+            scale, zero_point = _best_affine_grid(block_KN, format, clips, importance)
+            zero_points.append(zero_point)
+            return _Grid(scale, format, zero_point)
+
+        codes, scale, *_ = _round_blocks(weight, factor, importance, layout, grid_of)
+        zero_point = None if symmetric else torch.stack(zero_points, 1)
+        return Rounded(grouped_codes(codes, scale, zero_point), note)
     if not layout.per_token:
 
         def best(block_KN: Tensor, importance: Tensor) -> _Grid:
@@ -212,6 +241,21 @@ def _best_grid(
     return _Grid(best_scale(block_KN, format, clips, importance[:, None], dim=0)[0], format)
 
 
+def _best_affine_grid(
+    block_KN: Tensor, format: IntFormat, clips: Sequence[float], importance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (N,), as `_best_grid` but from the least weight to the largest."""
+    grids = [affine_grid(block_KN, format.bits, clip, dim=0) for clip in clips]
+    errors = []
+    for scale, zero_point in grids:
+        grid = _Grid(scale, format, zero_point)
+        rounded = grid.centered(grid.units_(block_KN.clone())) * scale
+        errors.append(((rounded - block_KN).square() * importance[:, None]).sum(0))
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    scales, zero_points = (torch.stack(one).gather(0, best)[0] for one in zip(*grids, strict=True))
+    return scales, zero_points
+
+
 def _round_block(block_KN: Tensor, factor: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
     """A block in units of the scale, channel by channel, and the errors that later blocks take.
 
@@ -222,7 +266,7 @@ def _round_block(block_KN: Tensor, factor: Tensor, grid: _Grid) -> tuple[Tensor,
     diagonal = factor.diagonal()
     shares = factor / diagonal[:, None]
     for k, (error, units) in enumerate(zip(errors_KN, units_KN, strict=True)):
-        grid.format.nearest_(torch.div(error, grid.scale, out=units))
-        error.addcmul_(units, grid.scale, value=-1)
+        grid.units_(units.copy_(error))
+        error.addcmul_(grid.centered(units), grid.scale, value=-1)
         errors_KN[k + 1 :].addr_(shares[k, k + 1 :], error, alpha=-1)
     return units_KN, errors_KN / diagonal[:, None]

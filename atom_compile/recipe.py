@@ -17,7 +17,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import RecipeError, unknown
 from .files import write_whole
-from .kernels.packing import GroupLayout, PackedWeight, TwoLevelWeight
+from .kernels.packing import (
+    AnyWeight,
+    GroupedWeight,
+    GroupLayout,
+    PackedWeight,
+    TwoLevelWeight,
+    to_device,
+)
 from .passes.transforms import deal
 from .scheme import Scheme
 
@@ -56,7 +63,7 @@ class RoundedWeight:
     checksum: (N,) float32, see `checksum`: tells whether the model still has that weight.
     """
 
-    packed: PackedWeight | TwoLevelWeight
+    packed: AnyWeight
     checksum: Tensor
 
     def is_of(self, weight: Tensor) -> bool:
@@ -140,9 +147,15 @@ class Recipe:
     def order(self, weight: Tensor, name: str) -> Tensor:
         """(K,) int64: the input channels of `weight` in the scheme's order, outliers last."""
         known = self.name_of(weight, name)
-        if known in self.orders:
-            return self.orders[known].long()
-        ascending = self.hessian_diagonal[known].argsort(stable=True)
+        return self.orders[known].long() if known in self.orders else self.default_order(known)
+
+    def default_order(self, name: str) -> Tensor:
+        """(K,) int64: that of a calibrated weight's channels, by their magnitude alone."""
+        diagonal = self.hessian_diagonal[name]
+        if self.scheme.activation_bits == 16:
+            by_magnitude = diagonal.argsort(descending=True, stable=True)
+            return by_magnitude if self.scheme.act_order else torch.arange(len(diagonal))
+        ascending = diagonal.argsort(stable=True)
         if not self.scheme.rotation:
             return ascending
         layout = self.scheme.layout(len(ascending))
@@ -150,7 +163,7 @@ class Recipe:
 
     def rounded_weight(
         self, weight: Tensor, name: str, transposed: bool, cut: GroupLayout, rotation: int
-    ) -> PackedWeight | TwoLevelWeight | None:
+    ) -> AnyWeight | None:
         """The weight as GPTQ rounded it, rows as they are, columns in order and turned.
 
         cut, rotation: those of the linear that will read it; they must be the scheme's.
@@ -170,7 +183,7 @@ class Recipe:
                 stacklevel=2,
             )
             return None
-        return type(known.packed)(*(one.to(weight.device) for one in known.packed))
+        return to_device(known.packed, weight.device)
 
     def for_scheme(self, scheme: Scheme) -> Recipe:
         """Itself for its own scheme; for another one, what holds for any: the statistics.
@@ -285,7 +298,11 @@ _SEPARATOR = "#"  # no parameter's name has one
 def rounded_to_tensors(name: str, rounded: RoundedWeight) -> dict[str, Tensor]:
     """What a file holds of one rounded weight: "name#weight", "name#weight_scale" and so on."""
     tensors = rounded.packed._asdict() | {"checksum": rounded.checksum}
-    return {f"{name}{_SEPARATOR}{field}": one.cpu().contiguous() for field, one in tensors.items()}
+    return {
+        f"{name}{_SEPARATOR}{field}": one.cpu().contiguous()
+        for field, one in tensors.items()
+        if one is not None
+    }
 
 
 def rounded_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, RoundedWeight]:
@@ -293,9 +310,15 @@ def rounded_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, RoundedWeig
     names = {name.rpartition(_SEPARATOR)[0] for name in tensors if name.endswith("checksum")}
     result = {}
     for name in sorted(names):
-        two_level = f"{name}{_SEPARATOR}row_scale" in tensors
-        kind: Any = TwoLevelWeight if two_level else PackedWeight
-        packed = kind(*(tensors[f"{name}{_SEPARATOR}{field}"] for field in kind._fields))
+        prefix = f"{name}{_SEPARATOR}"
+        fields = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
+        kind: Any = PackedWeight
+        if "row_scale" in fields:
+            kind = TwoLevelWeight
+        elif "outlier_weight" not in fields:
+            kind = GroupedWeight
+        wanted = fields | set(kind._fields) - set(kind._field_defaults)
+        packed = kind(**{one: tensors[f"{prefix}{one}"] for one in kind._fields if one in wanted})
         result[name] = RoundedWeight(packed, tensors[f"{name}{_SEPARATOR}checksum"])
     return result
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import AtomError, RecipeError
 from .gptq import fit_weight, round_weight
-from .kernels.packing import dequantize_weight, select_rows
+from .kernels.packing import dequantize_weight, select_rows, to_device
 from .passes.linears import FoundLinear, is_weight
 from .passes.transforms import Transform
 from .precision import ACTIVATION_CLIPS, fake_quantize, sample_rows, transform_of
@@ -102,8 +102,7 @@ class Rounder:
 
     def _to_dense(self, name: str) -> Tensor:
         transform = self._transforms[name]
-        packed = self._rounded[name].packed
-        packed = type(packed)(*(one.to(transform.order.device) for one in packed))
+        packed = to_device(self._rounded[name].packed, transform.order.device)
         return dequantize_weight(packed, transform.layout)
 
     def _quantize(
@@ -163,9 +162,17 @@ class Rounder:
             raise AtomError(f"the input of {work.names[0]} is not finite in the quantized model")
         # rows do not depend on each other: all linears of one activation at once
         together = torch.cat([weight.float() for weight in work.transformed])
-        fitted = fit_weight(together, hessian, cross)
+        weight_only = self._scheme.activation_bits == 16
+        fitted = together if weight_only else fit_weight(together, hessian, cross)
         del cross
-        all_packed, note = round_weight(fitted, hessian, layout, self._scheme.weight_bits)
+        all_packed, note = round_weight(
+            fitted,
+            hessian,
+            layout,
+            self._scheme.weight_bits,
+            weight_only=weight_only,
+            symmetric=self._scheme.symmetric,
+        )
         del hessian, fitted
         sample = _sample(work.xs, work.transform)
         rounded_sample = fake_quantize(sample, *numbers)
@@ -178,8 +185,7 @@ class Rounder:
             wanted = F.linear(sample, exact)
             noise = F.linear(rounded_sample, self._dense[name]) - wanted
             error = float(noise.square().sum() / wanted.square().sum().clamp(min=1e-30))
-            on_cpu = type(packed)(*(one.cpu() for one in packed))
-            self._rounded[name] = RoundedWeight(on_cpu, checksum(weight).cpu())
+            self._rounded[name] = RoundedWeight(to_device(packed, "cpu"), checksum(weight).cpu())
             self._choose([name], error=error, note=note)
             largest = max(largest, error)
         return largest
@@ -194,7 +200,9 @@ class Rounder:
             self._choose(work.names, int8_groups=layout.num_groups, reason=reason)
             error = self._round(work)
         if error > self._error_budget:
-            reason = f"error {error:.4f} with INT8 activations, budget {self._error_budget:g}"
+            activations = "16-bit" if self._scheme.activation_bits == 16 else "INT8"
+            budget = f"budget {self._error_budget:g}"
+            reason = f"error {error:.4f} with {activations} activations, {budget}"
             self._choose(work.names, keep=True, error=0.0, reason=reason)
             for name in work.names:
                 del self._rounded[name], self._dense[name]

@@ -30,6 +30,7 @@ from .kernels.reorder import reorder
 from .kernels.rotate import rotate
 from .options import Options
 from .passes.canonical import canonicalize
+from .passes.derived import operands_of
 from .passes.graphs import copy_graph_module, is_call
 from .passes.linears import FoundLinear, find_linears
 from .passes.pipeline import Rewrite
@@ -160,9 +161,9 @@ def _paired(
 
 
 def _read_by(product: Node) -> Node:
-    """What the linear reads: up through its quantize, rotate and reorder."""
-    codes: Any = product.args[0]
-    node = codes.args[0].args[0]
+    """What the linear reads: up through its quantize, if it has one, rotate and reorder."""
+    activation, _ = operands_of(product)
+    node = activation[0] if len(activation) == 1 else activation[0].args[0].args[0]
     while is_call(node, reorder, rotate):
         node = node.args[0]
     assert isinstance(node, Node)

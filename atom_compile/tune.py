@@ -77,10 +77,16 @@ def tune(
     for count in tokens:
         if count < 1 or count & (count - 1):
             raise OptionError(f"tokens is {list(tokens)}; every number must be a power of two")
+    scheme = Scheme.of(scheme)
+    if scheme.activation_bits == 16:
+        raise OptionError(
+            "with 16-bit activations there is no launch to tune: atom.linear is what is tuned, and "
+            "scheme must be one that quantizes them, such as 'w4a4'"
+        )
     place = find_device(device)
     setting = Setting(
         shape=find_shape(DEFAULT_MODELS[0]),
-        scheme=Scheme.of(scheme),
+        scheme=scheme,
         tokens=tuple(tokens),
         device=place,
         dtype=torch.bfloat16 if place.type == "cuda" else torch.float32,

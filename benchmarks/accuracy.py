@@ -34,9 +34,9 @@ from atom_compile.backend import atom
 from atom_compile.evaluate import text_windows
 
 WINDOWS, LENGTH, BATCH = 24, 512, 6
-PRESETS = "w4a4", "w4a4-rotated", "w4ax", "w4a8", "w4a8-two-level"
+PRESETS = "w4a4", "w4a4-rotated", "w4ax", "w4ax-rotated", "w4a8", "w4a8-two-level", "w4a16"
 SCHEMES = {name: Scheme.preset(name) for name in PRESETS} | {
-    "w4ax-rotated": replace(Scheme.preset("w4a4-rotated"), int8_share=0.25),
+    "w4a16-asymmetric": replace(Scheme.preset("w4a16"), symmetric=False),
     "w3a3": Scheme(weight_bits=3, activation_bits=3),
     "w3a3-rotated": Scheme(weight_bits=3, activation_bits=3, rotation=128),
 }
@@ -63,12 +63,15 @@ ROWS = [
     Row("w4ax-rotated", True),
     Row("w4a8", True),
     Row("w4a8-two-level", True),
+    Row("w4a16", True),
+    Row("w4a16-asymmetric", True),
     Row("w3a3", True),
     Row("w3a3-rotated", True),
     Row("w4a4", False),
     Row("w4a4-rotated", False),
     Row("w4a8", False),
     Row("w4a8-two-level", False),
+    Row("w4a16", False),
     Row("w3a3", False),
 ]
 

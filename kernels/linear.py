@@ -97,6 +97,69 @@ def _unpack(packed, PTX: tl.constexpr):
 
 
 @triton.jit
+def tile_in_band(
+    tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_PER_BAND: tl.constexpr
+):
+    """Tiles go down bands of a few blocks of tokens, so that weights and activations stay in L2."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    band = tile // (TILES_PER_BAND * tiles_n)
+    band_tiles = tl.minimum(tiles_m - band * TILES_PER_BAND, TILES_PER_BAND)
+    tile_m = band * TILES_PER_BAND + (tile % (TILES_PER_BAND * tiles_n)) % band_tiles
+    tile_n = (tile % (TILES_PER_BAND * tiles_n)) // band_tiles
+    return tile_m, tile_n
+
+
+@triton.jit
+def store_tile(
+    acc,
+    m,
+    n,
+    M,
+    N,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    tile,
+    split,
+    splits,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+):
+    """The epilogue: acc (n, m) of a tile, float32, summed over the splits of K."""
+    live_n = n < N
+    live = (m < M)[None, :] & live_n[:, None]
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    last = True
+    if IS_SPLIT:
+        partial_sums = partial_ptr + at
+        tl.store(partial_sums + tl.cast(split, tl.int64) * M * N, acc, mask=live)
+        tl.debug_barrier()  # all threads' stores come before this program's arrival
+        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == splits - 1
+        if last:
+            acc = tl.zeros(acc.shape, dtype=tl.float32)
+            for other in range(splits):
+                acc += tl.load(
+                    partial_sums + tl.cast(other, tl.int64) * M * N,
+                    mask=live,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+            tl.store(arrivals_ptr + tile, 0)  # for the next launch
+    if last:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + n, mask=live_n, other=0.0).to(tl.float32)[:, None]
+        out = acc.to(out_ptr.dtype.element_ty)
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + at, mask=live, other=0.0)
+            out = (out.to(tl.float32) + residual.to(tl.float32)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, out, mask=live)
+
+
+@triton.jit
 def linear_kernel(
     codes_ptr,
     scale_ptr,
@@ -137,13 +200,7 @@ def linear_kernel(
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1) if IS_SPLIT else 1
-    # tiles go down bands of a few blocks of tokens, so that weights and activations stay in the L2
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    band = tile // (TILES_PER_BAND * tiles_n)
-    band_tiles = tl.minimum(tiles_m - band * TILES_PER_BAND, TILES_PER_BAND)
-    tile_m = band * TILES_PER_BAND + (tile % (TILES_PER_BAND * tiles_n)) % band_tiles
-    tile_n = (tile % (TILES_PER_BAND * tiles_n)) // band_tiles
+    tile_m, tile_n = tile_in_band(tile, M, N, BLOCK_M, BLOCK_N, TILES_PER_BAND)
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -221,32 +278,10 @@ def linear_kernel(
     if not TWO_LEVEL:
         acc *= 0.0625
 
-    live = live_m[None, :] & live_n[:, None]
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    last = True
-    if IS_SPLIT:
-        partial_sums = partial_ptr + at
-        tl.store(partial_sums + tl.cast(split, tl.int64) * M * N, acc, mask=live)
-        tl.debug_barrier()  # all threads' stores come before this program's arrival
-        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == splits - 1
-        if last:
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            for other in range(splits):
-                acc += tl.load(
-                    partial_sums + tl.cast(other, tl.int64) * M * N,
-                    mask=live,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-            tl.store(arrivals_ptr + tile, 0)  # for the next launch
-    if last:
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + n, mask=live_n, other=0.0).to(tl.float32)[:, None]
-        out = acc.to(out_ptr.dtype.element_ty)
-        if HAS_RESIDUAL:
-            residual = tl.load(residual_ptr + at, mask=live, other=0.0)
-            out = (out.to(tl.float32) + residual.to(tl.float32)).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, out, mask=live)
+    store_tile(
+        acc, m, n, M, N, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
+        tile, split, splits, HAS_BIAS, HAS_RESIDUAL, IS_SPLIT,
+    )  # fmt: skip
 
 
 PATH = "triton int8"  # what tables and tuned launches call this kernel
@@ -382,6 +417,17 @@ def multiply(
     return out
 
 
+def split_buffers(out: Tensor, tiling: Tiling) -> tuple[int, Tensor, Tensor]:
+    """How many tiles a product `out` (*, N) has, its partial sums, and the tiles' arrivals."""
+    N = out.shape[-1]
+    M = out.numel() // N
+    tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, tiling.block_n)
+    if tiling.split_k == 1:
+        return tiles, out, out
+    partial = out.new_empty(tiling.split_k, M, N, dtype=torch.float32)
+    return tiles, partial, arrivals_of(out.device).counters(tiles)
+
+
 def _launch(
     codes: Tensor,
     scale: Tensor,
@@ -398,11 +444,7 @@ def _launch(
     num_groups, N, half_group = weight.shape
     outliers = outlier_weight.shape[1]
     M = codes.numel() // codes.shape[-1]
-    tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, tiling.block_n)
-    partial, arrivals = out, out
-    if tiling.split_k > 1:
-        partial = out.new_empty(tiling.split_k, M, N, dtype=torch.float32)
-        arrivals = arrivals_of(codes.device).counters(tiles)
+    tiles, partial, arrivals = split_buffers(out, tiling)
     linear_kernel[(tiles, tiling.split_k)](
         codes,
         scale,

@@ -16,7 +16,8 @@ then cut:
 
     byte j of a row of a group:   bits 7..4 = channel j + group_size/2      bits 3..0 = channel j
 
-  Both are in two's complement.
+  Both are in two's complement. `TwoLevelWeight` and `GroupedWeight` keep the codes alike and their
+  scales otherwise.
 * Weights in a floating-point format of 4 to 6 bits (see formats.py) have the low four bits of their
   codes there, and the others in `high_bits (G, N, group_size * (bits - 4) / 8)` uint8:
 
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -275,6 +276,62 @@ def best_scale(
     return best
 
 
+class GroupedWeight(NamedTuple):
+    """A weight all of whose channels are in groups, for activations of 16 bits.
+
+    weight (G, N, group_size / 2) uint8 as in `PackedWeight`, weight_scale (G, N) of 16 bits,
+    zero_point (G, N) int8: the code of zero, -8 to 8, or None for 0 everywhere.
+
+        w = (code - zero_point) * weight_scale
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    zero_point: Tensor | None = None
+
+
+def pack_grouped(
+    weight: Tensor, layout: GroupLayout, bits: int, clip: float, symmetric: bool = True
+) -> GroupedWeight:
+    """Quantizes a weight `(N, K)`, columns in order, rounding to nearest. `bits`: 2 to 4."""
+    if symmetric:
+        packed = pack_weight(weight, layout, bits, clip)
+        return GroupedWeight(packed.weight, packed.weight_scale)
+    groups, _ = layout.split(weight.float())
+    scale, zero_point = affine_grid(groups, bits, clip)
+    codes = affine_codes(groups, scale[..., None], zero_point[..., None], bits)
+    return grouped_codes(codes, scale, zero_point)
+
+
+def affine_grid(groups: Tensor, bits: int, clip: float, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """The grid from a group's least to its largest weight, both times `clip`, that holds 0.
+
+    Returns scale, float32 but rounded to bfloat16, and zero_point as floats; both lack `dim`.
+    """
+    lowest, codes = -(2 ** (bits - 1)), 2**bits - 1
+    least, largest = groups.amin(dim).clamp(max=0.0), groups.amax(dim).clamp(min=0.0)
+    scale = ((largest - least) * (clip / codes)).clamp(min=TINY).to(torch.bfloat16).float()
+    zero_point = (lowest - clip * least / scale).round().clamp(lowest, lowest + codes)
+    return scale, zero_point
+
+
+def affine_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Codes as floating-point integers, of the shape that the arguments broadcast to."""
+    lowest = -(2 ** (bits - 1))
+    return (x / scale + zero_point).round().clamp(lowest, -lowest - 1)
+
+
+def grouped_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> GroupedWeight:
+    """codes (N, G, group_size), scale (N, G) of 16 bits or to be rounded to bfloat16, zero_point
+    (N, G); codes and zero points of any dtype."""
+    scale = scale if scale.dtype.itemsize == 2 else scale.to(torch.bfloat16)
+    return GroupedWeight(
+        pack_int4(codes.to(torch.int8).transpose(0, 1)),
+        scale.t().contiguous(),
+        None if zero_point is None else zero_point.to(torch.int8).t().contiguous(),
+    )
+
+
 def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
     """(N, outlier_channels) -> INT8 codes and (N,) scales, zeros where there are no outliers."""
     if not outliers.shape[1]:
@@ -282,23 +339,31 @@ def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
     return round_to_codes(outliers, OUTLIER_BITS, 1.0)
 
 
-Packed = TypeVar("Packed", bound=PackedWeight | TwoLevelWeight | FloatWeight)
+AnyWeight = PackedWeight | TwoLevelWeight | GroupedWeight
+Packed = TypeVar("Packed", bound=AnyWeight | FloatWeight)
 # the other tensors begin with the rows
-_LED_BY_GROUPS = ("weight", "high_bits", "weight_scale", "group_scale")
+_LED_BY_GROUPS = ("weight", "high_bits", "weight_scale", "group_scale", "zero_point")
 
 
 def select_rows(packed: Packed, rows: Tensor) -> Packed:
     """The packed weight of `weight[rows]`; rows (N',) int64."""
-    return type(packed)(
-        *(one.index_select(dim, rows) for one, dim in zip(packed, _row_dims(packed), strict=True))
+    selected: Any = (
+        None if one is None else one.index_select(dim, rows)
+        for one, dim in zip(packed, _row_dims(packed), strict=True)
     )
+    return type(packed)(*selected)
+
+
+def to_device(packed: Packed, device: torch.device | str) -> Packed:
+    moved: Any = (None if one is None else one.to(device) for one in packed)
+    return type(packed)(*moved)
 
 
 def concatenate_rows(weights: Sequence[Packed]) -> Packed:
     """The packed weight of all the rows, one weight's after the other's."""
-    dims = _row_dims(weights[0])
-    tensors = zip(dims, *weights, strict=True)
-    return type(weights[0])(*(torch.cat(parts, dim) for dim, *parts in tensors))
+    tensors = zip(_row_dims(weights[0]), *weights, strict=True)
+    joined: Any = (None if parts[0] is None else torch.cat(parts, dim) for dim, *parts in tensors)
+    return type(weights[0])(*joined)
 
 
 def _row_dims(packed: Packed) -> list[int]:
@@ -343,13 +408,16 @@ def _unpack_bits(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([packed >> shift & mask for shift in range(0, 8, bits)], dim=-1)
 
 
-def dequantize_weight(packed: PackedWeight | TwoLevelWeight, layout: GroupLayout) -> Tensor:
+def dequantize_weight(packed: AnyWeight, layout: GroupLayout) -> Tensor:
     """The float32 weight `(N, K)`, in order, that the operators compute with. For inspection."""
+    codes = unpack_int4(packed.weight).float()
     if isinstance(packed, TwoLevelWeight):
         scale = packed.group_scale * packed.row_scale
     else:
         scale = packed.weight_scale.float()
-    return _in_order(unpack_int4(packed.weight) * scale[..., None], packed, layout)
+    if isinstance(packed, GroupedWeight) and packed.zero_point is not None:
+        codes = codes - packed.zero_point[..., None]
+    return _in_order(codes * scale[..., None], packed, layout)
 
 
 def dequantize_float_weight(
@@ -361,11 +429,11 @@ def dequantize_float_weight(
     return _in_order(groups, packed, layout)
 
 
-def _in_order(
-    groups: Tensor, packed: PackedWeight | TwoLevelWeight | FloatWeight, layout: GroupLayout
-) -> Tensor:
+def _in_order(groups: Tensor, packed: AnyWeight | FloatWeight, layout: GroupLayout) -> Tensor:
     """groups (G, N, group_size) and the outliers -> (N, K)."""
     grouped = groups.transpose(0, 1).flatten(1)[:, : layout.width - layout.outlier_channels]
+    if isinstance(packed, GroupedWeight):
+        return grouped
     return torch.cat([grouped, packed.outlier_weight * packed.outlier_scale[:, None]], dim=1)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,15 +18,16 @@ from torch.fx import Node
 
 from ..kernels.linear import linear
 from ..kernels.packing import (
+    AnyWeight,
     GroupLayout,
-    PackedWeight,
-    TwoLevelWeight,
     concatenate_rows,
+    pack_grouped,
     pack_two_level,
     pack_weight,
     select_rows,
 )
 from ..kernels.two_level_linear import two_level_linear
+from ..kernels.weight_only_linear import weight_only_linear
 from .transforms import Transform, deal, transformed_layout
 
 
@@ -54,7 +55,7 @@ class RecipeLike(Protocol):
 
     def rounded_weight(
         self, weight: Tensor, name: str, transposed: bool, cut: GroupLayout, rotation: int
-    ) -> PackedWeight | TwoLevelWeight | None: ...
+    ) -> AnyWeight | None: ...
 
     @property
     def layers(self) -> Mapping[str, ChoiceLike]: ...
@@ -95,11 +96,15 @@ class ChannelOrder:
     own weight).
 
     dealt: without a recipe, whose orders are dealt already: how to `deal` them out, if at all.
+    kept: the channels stay as they are, and nothing needs to reorder them.
+    descending: the largest first, as GPTQ's act-order has it.
     """
 
     weights: tuple[WeightRef, ...]
     recipe: RecipeLike | None
     dealt: tuple[GroupLayout, int] | None = None
+    kept: bool = False
+    descending: bool = False
 
     @property
     def sources(self) -> tuple[Node, ...]:
@@ -108,7 +113,7 @@ class ChannelOrder:
     def signature(self) -> Hashable:
         names = tuple(weight.name for weight in self.weights) if self.recipe else None
         transposed = tuple(weight.transposed for weight in self.weights)
-        return "order", names, transposed, self.recipe, self.dealt
+        return "order", names, transposed, self.recipe, self.dealt, self.kept, self.descending
 
     def compute(self, tensors: Mapping[Node, Tensor]) -> tuple[Tensor | None, ...]:
         return (self.indices(tensors).to(torch.int32),)
@@ -119,7 +124,10 @@ class ChannelOrder:
         if self.recipe is not None:
             return self.recipe.order(tensors[first.node], first.name).to(tensors[first.node].device)
         columns = [weight.read(tensors).float().square().sum(0) for weight in self.weights]
-        ascending = torch.stack(columns).sum(0).argsort(descending=True, stable=True)
+        power = torch.stack(columns).sum(0)
+        if self.kept:
+            return torch.arange(len(power), device=power.device)
+        ascending = power.argsort(descending=not self.descending, stable=True)
         return ascending if self.dealt is None else deal(ascending, *self.dealt)
 
 
@@ -163,21 +171,31 @@ class LinearPart:
         return (self.weight.node, *bias, *(self.row_order.sources if self.row_order else ()))
 
 
-PRODUCTS = (linear, two_level_linear)
-"""Operators on (codes, scale, *packed weight, bias, residual, dtype)."""
+PRODUCTS = {linear: 2, two_level_linear: 2, weight_only_linear: 1}
+"""Operators on (codes, scale, *packed weight, bias, residual, dtype), or on x instead of the first
+two, and how many of the operands are the activation's."""
+
+
+def operands_of(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The activation's operands of a product and its packed weight's, without the bias."""
+    count = PRODUCTS[product.target]  # type: ignore[index]
+    return product.args[:count], product.args[count:-3]
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """Packed weight (four or five tensors, see packing.py) and bias of the linears in one product.
+    """Packed weight (up to five tensors, see packing.py) and bias of the linears in one product.
 
-    Its `operator` is the one of PRODUCTS that multiplies by it.
+    Its `operator` is the one of PRODUCTS that multiplies by it. weight_only: activations stay in 16
+    bits. symmetric: no zero points; only such a weight may have them.
     """
 
     parts: tuple[LinearPart, ...]
     transform: InputTransform
     bits: int
     clip: float
+    weight_only: bool = False
+    symmetric: bool = True
 
     @property
     def sources(self) -> tuple[Node, ...]:
@@ -191,6 +209,8 @@ class PackedLinear:
 
     @property
     def operator(self) -> torch._ops.OpOverload:
+        if self.weight_only:
+            return weight_only_linear
         return two_level_linear if self.layout.per_token else linear
 
     @property
@@ -210,7 +230,8 @@ class PackedLinear:
             )
             for part in self.parts
         )
-        return "linear", parts, self.transform.signature(), self.bits, self.clip
+        numbers = self.bits, self.clip, self.weight_only, self.symmetric
+        return "linear", parts, self.transform.signature(), numbers
 
     def compute(self, tensors: Mapping[Node, Tensor]) -> tuple[Tensor | None, ...]:
         packed, biases = [], []
@@ -230,17 +251,15 @@ class PackedLinear:
             biases.append(bias)
         return *concatenate_rows(packed), torch.cat(biases) if self.has_bias else None
 
-    def _round(
-        self, weight: Tensor, tensors: Mapping[Node, Tensor]
-    ) -> PackedWeight | TwoLevelWeight:
+    def _round(self, weight: Tensor, tensors: Mapping[Node, Tensor]) -> AnyWeight:
         columns = self.transform.apply(weight, tensors)
+        if self.weight_only:
+            return pack_grouped(columns, self.layout, self.bits, self.clip, self.symmetric)
         if self.layout.per_token:
             return pack_two_level(columns, self.layout)
         return pack_weight(columns, self.layout, self.bits, self.clip)
 
-    def _rounded(
-        self, weight: WeightRef, tensors: Mapping[Node, Tensor]
-    ) -> PackedWeight | TwoLevelWeight | None:
+    def _rounded(self, weight: WeightRef, tensors: Mapping[Node, Tensor]) -> AnyWeight | None:
         """What calibration made of this very weight, under this transform."""
         recipe = self.transform.order.recipe
         if recipe is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -32,7 +33,10 @@ def insert_quantization(
           codes, scale = atom.quantize(r, ...)
           y = atom.linear(codes, scale, *packed_weight, bias, None, dtype)
 
-    or atom.two_level_linear, if the scheme says so.
+    or atom.two_level_linear, if the scheme says so. If it leaves activations in 16 bits:
+
+      ->  r = atom.reorder(x, order)                only for GPTQ's act-order
+          y = atom.weight_only_linear(r, *packed_weight, bias, None, dtype)
     """
     replaced: dict[Node, Node] = {}  # a linear may read another one directly
     for plan in planned:
@@ -48,25 +52,37 @@ def _insert(
     found = plan.found
     weight = WeightRef(found.weight, found.name, found.transposed)
     part = LinearPart(weight, found.bias, found.out_features)
-    packed = PackedLinear((part,), transform, scheme.weight_bits, scheme.weight_clip)
-    order_node = order_placeholder(graph, transform.order)
+    weight_only = scheme.activation_bits == 16
+    packed = PackedLinear(
+        (part,), transform, scheme.weight_bits, scheme.weight_clip, weight_only, scheme.symmetric
+    )
+    order_node = None if transform.order.kept else order_placeholder(graph, transform.order)
     weight_nodes = weight_placeholders(graph, packed)
     with graph.inserting_before(found.node):
-        transformed = call(graph, reorder, (x, order_node), like=found.node)
-        cut = (transform.cut.group_size, transform.cut.outlier_channels)
-        if transform.rotation:
-            turning = (transformed, *cut, transform.rotation)
-            transformed = call(graph, rotate, turning, like=found.node)
-        clip, eights, per_token = plan.activation_clip, plan.int8_groups, transform.cut.per_token
-        numbers = (scheme.activation_bits, *cut, clip, eights, 0, per_token)
-        codes, scale = quantized_pair(graph, quantize, (transformed, *numbers), like=found.node)
-        dtype = value(found.node).dtype
-        operands = (codes, scale, *weight_nodes, None, dtype)
+        activation: tuple[Node, ...] = (x,)
+        if order_node is not None:
+            activation = (call(graph, reorder, (x, order_node), like=found.node),)
+        if not weight_only:
+            activation = _quantized(graph, plan, activation[0], transform, scheme)
+        operands = (*activation, *weight_nodes, None, value(found.node).dtype)
         product = call(graph, packed.operator, operands, like=found.node)
     found.node.replace_all_uses_with(product)
     graph.erase_node(found.node)
     product.meta["atom_packed"] = packed
     return product
+
+
+def _quantized(
+    graph: Graph, plan: PlannedLinear, x: Node, transform: InputTransform, scheme: Scheme
+) -> tuple[Node, Node]:
+    """Codes and scale of x, whose channels are in order."""
+    like = plan.found.node
+    cut = (transform.cut.group_size, transform.cut.outlier_channels)
+    if transform.rotation:
+        x = call(graph, rotate, (x, *cut, transform.rotation), like=like)
+    clip, eights, per_token = plan.activation_clip, plan.int8_groups, transform.cut.per_token
+    numbers = (scheme.activation_bits, *cut, clip, eights, 0, per_token)
+    return quantized_pair(graph, quantize, (x, *numbers), like=like)
 
 
 def quantized_pair(
@@ -96,29 +112,25 @@ def weight_placeholders(graph: Graph, packed: PackedLinear) -> list[Node | None]
     layout: GroupLayout = packed.layout
     N, G = packed.out_features, layout.num_groups
     first = value(packed.parts[0].weight.node)
+    empty = functools.partial(torch.empty, device=first.device)
     with fake_mode(graph):
-        fakes = {
-            "weight": torch.empty(
-                G, N, layout.group_size // 2, dtype=torch.uint8, device=first.device
-            ),
-            **(
-                {
-                    "group_scale": torch.empty(G, N, dtype=torch.int8, device=first.device),
-                    "row_scale": torch.empty(N, dtype=torch.float32, device=first.device),
-                }
-                if layout.per_token
-                else {"weight_scale": torch.empty(G, N, dtype=torch.bfloat16, device=first.device)}
-            ),
-            "outlier_weight": torch.empty(
-                N, layout.outlier_channels, dtype=torch.int8, device=first.device
-            ),
-            "outlier_scale": torch.empty(N, dtype=torch.float32, device=first.device),
+        fakes: dict[str, torch.Tensor | None] = {
+            "weight": empty(G, N, layout.group_size // 2, dtype=torch.uint8)
         }
-        if packed.has_bias:
-            biases = [value(part.bias) for part in packed.parts if part.bias is not None]
-            fakes["bias"] = torch.empty(N, dtype=biases[0].dtype, device=first.device)
-    nodes = [
-        placeholder(graph, name, fake, packed, field)
+        if layout.per_token:
+            fakes["group_scale"] = empty(G, N, dtype=torch.int8)
+            fakes["row_scale"] = empty(N, dtype=torch.float32)
+        else:
+            fakes["weight_scale"] = empty(G, N, dtype=torch.bfloat16)
+        if packed.weight_only:
+            has_zero_point = not packed.symmetric
+            fakes["zero_point"] = empty(G, N, dtype=torch.int8) if has_zero_point else None
+        else:
+            fakes["outlier_weight"] = empty(N, layout.outlier_channels, dtype=torch.int8)
+            fakes["outlier_scale"] = empty(N, dtype=torch.float32)
+        biases = [value(part.bias) for part in packed.parts if part.bias is not None]
+        fakes["bias"] = empty(N, dtype=biases[0].dtype) if biases else None
+    return [
+        None if fake is None else placeholder(graph, name, fake, packed, field)
         for field, (name, fake) in enumerate(fakes.items())
     ]
-    return [*nodes, None] if not packed.has_bias else [*nodes]

@@ -121,6 +121,10 @@ def _transform(
 ) -> InputTransform:
     weights = tuple(WeightRef(linear.weight, linear.name, linear.transposed) for linear in linears)
     layout = scheme.layout(linears[0].in_features)
+    if scheme.activation_bits == 16:
+        kept, descending = not scheme.act_order, scheme.act_order
+        order = ChannelOrder(weights, recipe, kept=kept, descending=descending)
+        return InputTransform(order, layout)
     if not scheme.rotation:
         return InputTransform(ChannelOrder(weights, recipe), layout)
     dealt = (layout, scheme.int8_groups(layout)) if recipe is None else None

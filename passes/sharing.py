@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..kernels.quantize import quantize
 from ..kernels.reorder import reorder
 from ..kernels.rotate import rotate
-from .derived import PRODUCTS, PackedLinear
+from .derived import PRODUCTS, PackedLinear, operands_of
 from .graphs import call, is_call, value
 from .insertion import weight_placeholders
 from .record import Record
@@ -27,6 +28,8 @@ def share_inputs(gm: GraphModule, record: Record) -> GraphModule:
       ->  c = quantize(transform(x))
           qkv = atom.linear(*c, [Wq; Wk; Wv])
           q, k, v = qkv[..., :a], qkv[..., a:b], qkv[..., b:]
+
+    Linears on 16-bit activations are merged likewise.
     """
     _deduplicate(gm.graph)
     readers: dict[Any, list[Node]] = defaultdict(list)
@@ -62,11 +65,12 @@ def _merge(graph: Graph, nodes: list[Node], record: Record) -> None:
         record.remark(names, f"not merged into one product: {refused}")
         return
     parts = tuple(part for one in packed for part in one.parts)
-    merged = PackedLinear(parts, packed[0].transform, packed[0].bits, packed[0].clip)
-    codes, scale, *_, residual, dtype = nodes[0].args
+    merged = replace(packed[0], parts=parts)
+    activation, _ = operands_of(nodes[0])
+    *_, residual, dtype = nodes[0].args
     weight_nodes = weight_placeholders(graph, merged)
     with graph.inserting_before(nodes[0]):
-        operands = (codes, scale, *weight_nodes, residual, dtype)
+        operands = (*activation, *weight_nodes, residual, dtype)
         product = call(graph, merged.operator, operands, like=nodes[0])
         product.meta["atom_packed"] = merged
         start = 0

@@ -20,11 +20,12 @@ from atom_compile.bench import Result, Row, Shape, layer, operators, timing
 from atom_compile.bench.cases import Setting
 from atom_compile.errors import OptionError
 from atom_compile.kernels import quantize
-from atom_compile.kernels.packing import pack_weight
+from atom_compile.kernels.packing import pack_grouped, pack_weight
 from atom_compile.options import Options
 from atom_compile.scheme import Scheme
 
 TINY = Shape(name="tiny", hidden=192, intermediate=352, heads=3, kv_heads=1, head_dim=64)
+WEIGHT_ONLY = Scheme(activation_bits=16, outlier_channels=0, group_size=32, symmetric=False)
 OPS = [
     "qkv_proj",
     "o_proj",
@@ -74,9 +75,26 @@ def test_every_row_passes_its_gate_and_has_a_time(result: Result) -> None:
 
 def test_bytes_are_those_of_the_packed_weight() -> None:
     N, K = TINY.linears["down_proj"]
-    layout = Scheme().layout(K)
-    packed = pack_weight(torch.randn(N, K), layout, 4, 0.85)
-    assert layer._packed_bytes(N, layout) == sum(tensor.nbytes for tensor in packed)
+    weight, scheme = torch.randn(N, K), Scheme()
+    packed = pack_weight(weight, scheme.layout(K), 4, 0.85)
+    assert layer._packed_bytes(N, K, scheme) == sum(tensor.nbytes for tensor in packed)
+    for scheme in (Scheme.preset("w4a16"), WEIGHT_ONLY):
+        grouped = pack_grouped(weight, scheme.layout(K), 4, 1.0, scheme.symmetric)
+        tensors = [one for one in grouped if one is not None]
+        assert layer._packed_bytes(N, K, scheme) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_weight_only_linears_have_no_unfused_variant() -> None:
+    result = bench.run(
+        TINY, tokens=[1, 5], scheme=WEIGHT_ONLY, device="cpu", level="operators", quick=True
+    )
+    assert result.failures == [] and result.ops == OPS[:4]
+    for row in result.rows:
+        assert (row.variant, row.path) in {("baseline", ""), ("fused", "reference")}
+        assert row.error is not None and row.error <= row.error_limit
+        assert row.arithmetic == "16-bit"
+    with pytest.raises(OptionError, match="only linears are timed"):
+        bench.run(TINY, scheme=WEIGHT_ONLY, device="cpu", level="operators", only=["norm"])
 
 
 @pytest.mark.parametrize(("variant", "fuse"), [("unfused", False), ("fused", True)])

@@ -21,6 +21,14 @@ def test_every_operator_has_a_row(tmp_path: Path) -> None:
     assert all(row["operator_us"] > 0 and row["launcher_us"] is None for row in rows)
 
 
+def test_weight_only_linears_quantize_nothing(tmp_path: Path) -> None:
+    arguments = ["bench", "--level", "overhead", "--device", "cpu", "--quick", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--scheme", "w4a16", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    operators = [row["op"] for row in json.loads(result.stdout)["rows"]]
+    assert operators == ["weight_only_linear", "F.linear", "torch.add"]
+
+
 def test_json_is_all_that_stdout_gets_and_the_page_is_written(tmp_path: Path) -> None:
     page = tmp_path / "new" / "report.html"
     arguments = ["bench", "--level", "overhead", "--device", "cpu", "--quick", "--json"]

@@ -15,6 +15,7 @@ from atom_compile.kernels.packing import (
     dequantize_float_weight,
     dequantize_weight,
     pack_float_weight,
+    pack_grouped,
     pack_weight,
 )
 
@@ -97,7 +98,22 @@ def test_codes_belong_to_the_scales_that_are_stored() -> None:
     packed, _ = round_weight(weight, torch.eye(256), layout, 4, clips=(1.0,))
     # uncorrelated channels leave nothing to make up for: this is rounding to nearest
     for got, want in zip(packed, pack_weight(weight, layout, 4, 1.0), strict=True):
-        assert torch.equal(got, want)
+        torch.testing.assert_close(got, want, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_alone_are_rounded_to_nearest_where_channels_are_uncorrelated(
+    symmetric: bool,
+) -> None:
+    layout = GroupLayout(250, 64, 0)
+    weight = torch.randn(8, 250) + 0.3
+    packed, _ = round_weight(
+        weight, torch.eye(250), layout, 4, (0.9,), weight_only=True, symmetric=symmetric
+    )
+    want = pack_grouped(weight, layout, 4, 0.9, symmetric)
+    assert packed._fields == want._fields and (packed[2] is None) == symmetric
+    got, want_weight = (dequantize_weight(one, layout) for one in (packed, want))
+    torch.testing.assert_close(got, want_weight, rtol=0.0, atol=0.0)
 
 
 def test_the_clip_is_chosen_for_the_channels_that_matter() -> None:
@@ -154,4 +170,5 @@ def test_the_same_twice() -> None:
     first, second = (
         round_weight(weight, x.t() @ x, GroupLayout(256, 64, 32), 4).packed for _ in range(2)
     )
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import atom
-from ..kernels.packing import GroupLayout
 from ..scheme import Scheme
 from .cases import INT4, Case, Draw, Setting
 from .shapes import Shape, llama_config
@@ -41,6 +40,7 @@ def _layer_case(setting: Setting, variant: str, M: int, layer: Callable[[int], n
     `layer(i)` is the i-th to rotate through.
     """
     rotary = _rotary(setting)
+    in_16_bits = variant == "baseline" or setting.scheme.activation_bits == 16
 
     def inputs(draw: Draw) -> tuple[Any, ...]:
         x = draw.normal(1, M, setting.shape.hidden)
@@ -70,7 +70,7 @@ def _layer_case(setting: Setting, variant: str, M: int, layer: Callable[[int], n
             setting.shape, setting.dtype if variant == "baseline" else setting.scheme
         ),
         flops=2 * M * sum(N * K for N, K in setting.shape.linears.values()),
-        arithmetic="16-bit" if variant == "baseline" else "8-bit",
+        arithmetic="16-bit" if in_16_bits else "8-bit",
     )
 
 
@@ -110,11 +110,14 @@ def linear_bytes(shape: Shape, numbers: torch.dtype | Scheme) -> int:
     """Of the weights of one layer's linears, as they are or packed."""
     if isinstance(numbers, torch.dtype):
         return sum(N * K * numbers.itemsize for N, K in shape.linears.values())
-    return sum(_packed_bytes(N, numbers.layout(K)) for N, K in shape.linears.values())
+    return sum(_packed_bytes(N, K, numbers) for N, K in shape.linears.values())
 
 
-def _packed_bytes(N: int, layout: GroupLayout) -> int:
+def _packed_bytes(N: int, K: int, scheme: Scheme) -> int:
     """Of a packed weight: codes and scales of the groups, INT8 outliers and float32 scales."""
+    layout = scheme.layout(K)
+    if scheme.activation_bits == 16:  # a scale of 16 bits, and a zero point of 8 if there is one
+        return N * layout.num_groups * (layout.group_size // 2 + (2 if scheme.symmetric else 3))
     # bfloat16; in two levels INT8, and float32 for the row
     group_scale, row_scale = (1, 4) if layout.per_token else (2, 0)
     grouped = layout.num_groups * (layout.group_size // 2 + group_scale)

@@ -6,6 +6,9 @@
     silu_mul      SiLU * up  SiLU * up, reorder, quantize  gated_quantize, the order folded away
     o_proj_input  -          reorder, quantize             reorder_quantize
 
+With 16-bit activations nothing is quantized: the linears alone are timed, and what is called fused
+is atom.weight_only_linear.
+
 RMSNorm and SiLU * up are compiled by Inductor. On a CPU our operators run as their references,
 uncompiled; only the decoder layer (layer.py) runs as the backend compiles it.
 """
@@ -20,11 +23,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels import gated_quantize, linear, norm_quantize, quantize, two_level_linear
+from ..errors import OptionError
+from ..kernels import (
+    gated_quantize,
+    linear,
+    norm_quantize,
+    quantize,
+    two_level_linear,
+    weight_only_linear,
+)
 from ..kernels.packing import (
-    PackedWeight,
-    TwoLevelWeight,
+    AnyWeight,
     dequantize,
+    pack_grouped,
     pack_two_level,
     pack_weight,
 )
@@ -49,6 +60,12 @@ def operator_cases(setting: Setting) -> Iterator[Case]:
         "silu_mul": _silu_mul_cases,
         "o_proj_input": _o_proj_input_cases,
     }
+    if setting.scheme.activation_bits == 16:
+        if not set(wanted) & set(_LINEARS):
+            raise OptionError(
+                f"only is {list(setting.only)}: with 16-bit activations only linears are timed"
+            )
+        return
     for op, cases in quantizing.items():
         if op in wanted:
             for M in setting.tokens:
@@ -66,33 +83,80 @@ def _quantize_numbers(setting: Setting, width: int) -> tuple[Any, ...]:
 
 def _linear_cases(setting: Setting, op: str, N: int, K: int) -> Iterator[Case]:
     scheme, layout = setting.scheme, setting.scheme.layout(K)
+    weight_only = scheme.activation_bits == 16
+    ours = _weight_only_case if weight_only else _quantized_cases
 
     @functools.cache
     def dense(index: int) -> Tensor:
         return setting.weight_draw(index).normal(N, K)
 
     @functools.cache
-    def packed(index: int) -> PackedWeight | TwoLevelWeight:
+    def packed(index: int) -> AnyWeight:
         weight = setting.weight_draw(index).normal(N, K)
+        if weight_only:
+            bits, clip = scheme.weight_bits, scheme.weight_clip
+            return pack_grouped(weight, layout, bits, clip, scheme.symmetric)
         if layout.per_token:
             return pack_two_level(weight, layout)
         return pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
 
     of_peers = peer_weights(setting, N, K)
     for M in setting.tokens:
-        yield from _linear_cases_at(setting, op, M, N, K, dense, packed)
+        yield _baseline_case(setting, op, M, N, K, dense)
+        yield from ours(setting, op, M, N, K, packed)
         for peer in PEERS if setting.peers else ():
             yield peer_case(peer, of_peers[peer.name], setting, op=op, M=M, N=N, K=K)
 
 
-def _linear_cases_at(
-    setting: Setting,
-    op: str,
-    M: int,
-    N: int,
-    K: int,
-    dense: Callable[[int], Tensor],
-    packed: Callable[[int], PackedWeight | TwoLevelWeight],
+def _case_of_linear(setting: Setting, op: str, M: int, N: int, K: int) -> Callable[..., Case]:
+    checked = checked_tokens(setting, M)
+    return functools.partial(
+        Case, op=op, M=M, N=N, K=K, observe=lambda out, *_: out[checked], limit=SAME_ROUNDING
+    )
+
+
+def _baseline_case(
+    setting: Setting, op: str, M: int, N: int, K: int, dense: Callable[[int], Tensor]
+) -> Case:
+    checked = checked_tokens(setting, M)
+    return _case_of_linear(setting, op, M, N, K)(
+        variant="baseline",
+        runs="F.linear",
+        inputs=lambda draw: (draw.normal(M, K), dense(draw.index)),
+        function=F.linear,
+        reference=lambda x, weight: F.linear(x[checked].float(), weight.float()),
+        flops=2 * M * N * K,
+    )
+
+
+def _weight_only_case(
+    setting: Setting, op: str, M: int, N: int, K: int, packed: Callable[[int], AnyWeight]
+) -> list[Case]:
+    dtype, layout = setting.dtype, setting.scheme.layout(K)
+    checked = checked_tokens(setting, M)
+
+    def reference(x: Tensor, *packed: Tensor | None) -> Tensor:
+        arguments: tuple[Any, ...] = (x[checked], *packed, None, None, dtype)
+        out: Tensor = weight_only_linear.reference(*arguments)
+        return out
+
+    return [
+        _case_of_linear(setting, op, M, N, K)(
+            variant="fused",
+            runs="atom.weight_only_linear",
+            inputs=lambda draw: (draw.normal(M, K), *packed(draw.index)),
+            function=lambda *inputs: weight_only_linear.weight_only_linear(
+                *inputs, None, None, dtype
+            ),
+            reference=reference,
+            flops=2 * M * N * K,
+            path=weight_only_linear.describe(M, N, layout, dtype, setting.device),
+        )
+    ]
+
+
+def _quantized_cases(
+    setting: Setting, op: str, M: int, N: int, K: int, packed: Callable[[int], AnyWeight]
 ) -> list[Case]:
     dtype, layout, numbers = setting.dtype, setting.scheme.layout(K), _quantize_numbers(setting, K)
     checked = checked_tokens(setting, M)
@@ -105,24 +169,13 @@ def _linear_cases_at(
         out: Tensor = product.reference(*arguments)
         return out
 
-    case = functools.partial(
-        Case, op=op, M=M, N=N, K=K, observe=lambda out, *_: out[checked], limit=SAME_ROUNDING
-    )
     ours = functools.partial(
-        case,
+        _case_of_linear(setting, op, M, N, K),
         flops=2 * M * N * layout.padded_width,
         arithmetic="8-bit",
         path=linear.describe(M, N, layout, setting.device),
     )
     return [
-        case(
-            variant="baseline",
-            runs="F.linear",
-            inputs=lambda draw: (draw.normal(M, K), dense(draw.index)),
-            function=F.linear,
-            reference=lambda x, weight: F.linear(x[checked].float(), weight.float()),
-            flops=2 * M * N * K,
-        ),
         ours(
             variant="unfused",
             runs=f"atom.quantize, {called}",

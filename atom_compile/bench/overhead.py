@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.nn import functional as F
 
-from ..kernels import gated_quantize, linear, norm_quantize, quantize
-from ..kernels.packing import pack_weight
+from ..kernels import gated_quantize, linear, norm_quantize, quantize, weight_only_linear
+from ..kernels.packing import pack_grouped, pack_weight
 from ..scheme import Scheme
 from .cases import Setting
 from .result import describe_environment, save_files
@@ -138,6 +138,15 @@ def _calls(setting: Setting) -> list[_Call]:
     bits, clip = scheme.activation_bits, scheme.activation_clip
     numbers = bits, layout.group_size, layout.outlier_channels, clip
     x, up, weight = draw.normal(1, K), draw.normal(1, K), draw.normal(K, K)
+    others = [
+        _Call("F.linear", F.linear, None, (x, weight)),
+        _Call("torch.add", torch.add, None, (x, up)),
+    ]
+    if bits == 16:
+        grouped = pack_grouped(weight, layout, scheme.weight_bits, scheme.weight_clip)
+        operator, launcher = weight_only_linear.weight_only_linear, weight_only_linear.launch
+        arguments = x, *grouped, None, None, dtype
+        return [_Call("weight_only_linear", operator, launcher, arguments), *others]
     packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
     product = *quantize.reference(x, *numbers), *packed, None, None, dtype
     norm = draw.norm_weight(K), None, draw.order(K), 1e-5, False, True, dtype
@@ -149,8 +158,7 @@ def _calls(setting: Setting) -> list[_Call]:
         ),
         _Call("gated_quantize", *gated, (x, up, None, "silu", *numbers)),
         _Call("quantize", quantize.quantize, quantize.launch, (x, *numbers)),
-        _Call("F.linear", F.linear, None, (x, weight)),
-        _Call("torch.add", torch.add, None, (x, up)),
+        *others,
     ]
 
 

@@ -36,6 +36,7 @@ _OPERATOR_KINDS = {
     "atom.quantize": "quantize",
     "atom.linear": "int4",
     "atom.two_level_linear": "int4",
+    "atom.weight_only_linear": "int4",
     "atom.embedding": "int4",
     "atom.attention": "attention",
     "atom.attention_quantize": "attention",

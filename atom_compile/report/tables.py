@@ -107,7 +107,7 @@ def _layer_table(layers: Sequence[Data], notes: dict[str, int]) -> Table:
         becomes = "left as it was"
         if first["operator"]:
             steps = (first["quantized_by"], first["operator"])
-            becomes = "\n".join(step.removeprefix("atom.") for step in steps)
+            becomes = "\n".join(step.removeprefix("atom.") for step in steps if step)
         errors = [one["error"] for one in members if one["error"] is not None]
         table.add_row(
             Text(f"{name}\n  {first['out_features']} x {first['in_features']}"),

@@ -31,6 +31,7 @@ from atom_compile.kernels import (
     quantize,
     rope_append,
     rotate,
+    weight_only_linear,
 )
 from atom_compile.kernels import quantize_rows as rows
 from atom_compile.kernels.attention_tiles import Device
@@ -62,6 +63,8 @@ class Compiled:
         constants = {name: value for name, value in named.items() if name not in OPTIONS}
         if "PTX" in constants:
             constants["PTX"] = True
+        if constants.get("PACK") == 0:
+            constants["PACK"] = 4
         names = self._kernel.arg_names
         values = dict(zip(names, args, strict=False))
         signature = {name: self._type(values.get(name)) for name in names}
@@ -140,6 +143,18 @@ def main(capability: int) -> None:
             two_levels = packing.pack_two_level(torch.randn(N, K), layout)
             tiling = linear_hopper.HopperTiling(128, 2)
             linear.multiply(codes, scale[:2], *two_levels, *extras, tiling)
+        patch.setattr(weight_only_linear, "multiprocessors", lambda device: 132)
+        for name in ("weight_only_kernel", "dequantize_kernel"):
+            kernel = Compiled(getattr(weight_only_linear, name), capability)
+            patch.setattr(weight_only_linear, name, kernel)
+        wide = 2 if capability == 90 else 4
+        patch.setattr(
+            weight_only_linear, "_pack", lambda _, tiling: wide if tiling.num_warps == 4 else 4
+        )
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            compile_weight_only(dtype, group_size=128, symmetric=True, K=K)
+        compile_weight_only(torch.bfloat16, group_size=32, symmetric=False, K=1000)
+        compile_weight_only(torch.float16, group_size=512, symmetric=False, K=K)
         patch.setattr(kv_cache, "append_kernel", Compiled(kv_cache.append_kernel, capability))
         patch.setattr(kv_cache, "read_kernel", Compiled(kv_cache.read_kernel, capability))
         for module, name in (
@@ -160,6 +175,15 @@ def main(capability: int) -> None:
         compile_attention(D=256, bits=4, groups=2, tokens=100, plain=False)
         compile_cache(bits=4, groups=1, tokens=1, rope=None)
         compile_cache(bits=8, groups=5, tokens=40, rope=torch.zeros(64, 80))
+
+
+def compile_weight_only(dtype: torch.dtype, group_size: int, symmetric: bool, K: int) -> None:
+    N, layout = 4096, packing.GroupLayout(K, group_size, 0)
+    packed = packing.pack_grouped(torch.randn(N, K), layout, 4, 1.0, symmetric)
+    for M in (1, 16, 64, 200, 300):
+        residual = torch.zeros(M, N, dtype=dtype)
+        x = torch.zeros(M, K, dtype=dtype)
+        weight_only_linear.launch(x, *packed, residual[0], residual, dtype)
 
 
 def compile_attention(D: int, bits: int, groups: int, tokens: int, plain: bool) -> None:

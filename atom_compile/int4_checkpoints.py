@@ -1,0 +1,211 @@
+"""INT4 checkpoints of others, as codes, scales and zero points: GPTQ, AWQ, compressed-tensors.
+
+    stored                         shape, int32           bits 4i .. 4i+3 of a word
+    GPTQ    qweight                (K / 8, N)             channel 8 * word + i
+            qzeros                 (G, N / 8)             row 8 * word + i; version 1 holds zero - 1
+            scales                 (G, N)
+            g_idx                  (K,)                   each channel's group
+    AWQ     qweight                (K, N / 8)             row 8 * word + (0 2 4 6 1 3 5 7)[i]
+            qzeros                 (G, N / 8)             the same
+            scales                 (G, N)
+    compressed-tensors
+            weight_packed          (N, ceil(K / 8))       channel 8 * word + i
+            weight_zero_point      (ceil(N / 8), G)       row 8 * word + i
+            weight_scale           (N, G)
+            weight_g_idx           (K,)                   each channel's group
+            weight_shape           (2,)                   N, K
+
+Codes are stored plus 8, as 0 to 15. Sources: the packers of GPTQModel (`gptq`, `gptq_v2`), AutoAWQ
+(`gemm`) and compressed-tensors (`pack-quantized`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+from .kernels.packing import GroupedWeight, GroupLayout, grouped_codes
+
+_PER_WORD = 8  # codes of an int32
+_AWQ_ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
+_WHOLE_ROW = -1  # a group_size
+_SPLIT = 128  # what a group of a whole row is cut into
+_GROUP_SIZES = (_WHOLE_ROW, 32, 64, 128, 256, 512, 1024)
+
+
+class Int4Linear(NamedTuple):
+    """One linear: w[n, order[k]] = (codes[n, k] - zero_point[n, g]) * scale[n, g], g of channel k.
+
+    codes: (N, K) int8, -8 to 7. scale: (N, G), of 16 bits or float32. zero_point: (N, G) int8, -8
+    to 8, or None for 0. order: (K,) int64, the input channel of each column, or None if they are as
+    they were. bias: (N,) or None. group_size: consecutive columns that share a scale.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    order: Tensor | None
+    bias: Tensor | None
+    group_size: int
+
+    def packed(self) -> GroupedWeight:
+        """For `atom::weight_only_linear`, on activations whose channels are in `order`."""
+        layout = GroupLayout(self.codes.shape[1], self.group_size, 0)
+        groups, _ = layout.split(self.codes)
+        return grouped_codes(groups, self.scale, self.zero_point)
+
+    def dense(self) -> Tensor:
+        """(N, K) float32, the channels as they were: to quantize anew, in another scheme."""
+        group = torch.arange(self.codes.shape[1], device=self.codes.device) // self.group_size
+        codes = self.codes.float()
+        if self.zero_point is not None:
+            codes = codes - self.zero_point[:, group]
+        weight = codes * self.scale[:, group].float()
+        return weight if self.order is None else weight[:, self.order.argsort()]
+
+
+def read_linears(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Int4Linear]]:
+    """Module name -> linear, of all that are quantized, one at a time.
+
+    config: a transformers configuration's `quantization_config`. tensors: the checkpoint's, by
+    name; each is looked up once, so that a lazy mapping serves.
+
+    Raises CheckpointError for a method, layout or number of bits that is not read here, and for
+    tensors that are missing or do not fit each other.
+    """
+    suffix, read, group_size = _reader(config)
+    names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    if not names:
+        raise CheckpointError(f"the checkpoint has no {suffix!r}: nothing in it is quantized")
+    for name in names:
+        try:
+            fields = read(name, tensors)
+        except KeyError as missing:
+            raise CheckpointError(f"{name}: the checkpoint has no {missing}") from None
+        yield name, _linear(name, *fields, tensors.get(f"{name}.bias"), group_size)
+
+
+_Fields = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""Codes (N, K), scales (N, G), zero points (N, G), groups of channels (K,)."""
+
+
+def _reader(
+    config: Mapping[str, Any],
+) -> tuple[str, Callable[[str, Mapping[str, Tensor]], _Fields], int]:
+    """The ending of packed weights' names, what reads one linear, and the group size."""
+    method = config.get("quant_method")
+    if method == "gptq":
+        layout = config.get("checkpoint_format", "gptq")
+        _require("checkpoint_format", layout, ("gptq", "gptq_v2"))
+        _require("bits", config.get("bits"), (4,))
+        _require("group_size", config.get("group_size"), _GROUP_SIZES)
+        read = functools.partial(_gptq, offset=1 if layout == "gptq" else 0)
+        return ".qweight", read, int(config["group_size"])
+    if method == "awq":
+        _require("version", str(config.get("version", "gemm")).lower(), ("gemm",))
+        _require("bits", config.get("bits", config.get("w_bit")), (4,))
+        group_size: Any = config.get("group_size", config.get("q_group_size"))
+        _require("group_size", group_size, _GROUP_SIZES)
+        return ".qweight", _awq, int(group_size)
+    _require("quant_method", method, ("gptq", "awq", "compressed-tensors"))
+    _require("format", config.get("format"), ("pack-quantized",))
+    return ".weight_packed", _compressed_tensors, _compressed_tensors_group(config)
+
+
+def _require(name: str, got: object, allowed: tuple[object, ...]) -> None:
+    if got not in allowed:
+        listed = ", ".join(map(repr, allowed))
+        raise CheckpointError(f"the checkpoint's {name} is {got!r}; what is read is {listed}")
+
+
+def _compressed_tensors_group(config: Mapping[str, Any]) -> int:
+    sizes = set()
+    for group in config.get("config_groups", {}).values():
+        if group.get("input_activations") or group.get("output_activations"):
+            raise CheckpointError(
+                "the checkpoint quantizes activations; what is read are weights alone"
+            )
+        weights = group["weights"]
+        _require("num_bits", weights.get("num_bits"), (4,))
+        _require("type", weights.get("type"), ("int",))
+        _require("strategy", weights.get("strategy"), ("group", "channel"))
+        size = weights.get("group_size") if weights["strategy"] == "group" else _WHOLE_ROW
+        _require("group_size", size, _GROUP_SIZES)
+        sizes.add(size)
+    if len(sizes) != 1:
+        raise CheckpointError(f"the checkpoint has {len(sizes)} group sizes; one is read")
+    return int(sizes.pop())
+
+
+def _gptq(name: str, tensors: Mapping[str, Tensor], offset: int) -> _Fields:
+    codes = _unpack(tensors[f"{name}.qweight"], dim=0).t()
+    zero_point = _unpack(tensors[f"{name}.qzeros"], dim=1).t() + offset
+    return codes, tensors[f"{name}.scales"].t(), zero_point, tensors.get(f"{name}.g_idx")
+
+
+def _awq(name: str, tensors: Mapping[str, Tensor]) -> _Fields:
+    codes = _unpack(tensors[f"{name}.qweight"], dim=1, order=_AWQ_ROWS).t()
+    zero_point = _unpack(tensors[f"{name}.qzeros"], dim=1, order=_AWQ_ROWS).t()
+    return codes, tensors[f"{name}.scales"].t(), zero_point, None
+
+
+def _compressed_tensors(name: str, tensors: Mapping[str, Tensor]) -> _Fields:
+    N, K = tensors[f"{name}.weight_shape"].tolist()
+    codes = _unpack(tensors[f"{name}.weight_packed"], dim=1)[:N, :K]
+    zero_point = tensors.get(f"{name}.weight_zero_point")
+    if zero_point is not None:  # older files have them unpacked
+        packed = zero_point.dtype == torch.int32
+        zero_point = _unpack(zero_point, dim=0)[:N] if packed else zero_point.to(torch.int8)
+    return codes, tensors[f"{name}.weight_scale"], zero_point, tensors.get(f"{name}.weight_g_idx")
+
+
+def _unpack(words: Tensor, dim: int, order: tuple[int, ...] = tuple(range(_PER_WORD))) -> Tensor:
+    """int32 -> int8 codes in -8..7, eight times as many along `dim`."""
+    places = [order.index(place) for place in range(_PER_WORD)]
+    codes = [((words >> (4 * place)) & 0xF).to(torch.int8) - 8 for place in places]
+    return torch.stack(codes, dim + 1).flatten(dim, dim + 1)
+
+
+def _linear(
+    name: str,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    groups: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> Int4Linear:
+    """Checks what was read, and sorts channels by their groups where they are not."""
+    (N, K), order = codes.shape, None
+    if group_size == _WHOLE_ROW:
+        if scale.shape != (N, 1) or K % _SPLIT:
+            raise CheckpointError(
+                f"{name}: scales {tuple(scale.shape)} for {K} channels in one group; what is read "
+                f"is one scale a row, of a multiple of {_SPLIT} channels"
+            )
+        group_size, groups = _SPLIT, None
+        scale = scale.expand(N, K // _SPLIT)
+        zero_point = None if zero_point is None else zero_point.expand(N, K // _SPLIT)
+    shape = N, -(-K // group_size)
+    wrong = [one for one in (scale, zero_point) if one is not None and one.shape != shape]
+    if wrong:
+        raise CheckpointError(
+            f"{name}: scales or zero points {tuple(wrong[0].shape)} do not go with {N} x {K} codes "
+            f"in groups of {group_size}, which have {shape}"
+        )
+    in_order = torch.arange(K, device=codes.device) // group_size
+    if groups is not None and not torch.equal(groups.long(), in_order):
+        order = groups.long().argsort(stable=True)
+        if not torch.equal(groups.long()[order], in_order):
+            raise CheckpointError(f"{name}: its g_idx has groups of other sizes than {group_size}")
+        codes = codes[:, order]
+    if zero_point is not None and not bool(zero_point.any()):
+        zero_point = None
+    return Int4Linear(codes, scale, zero_point, order, bias, group_size)

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from atom_compile.kernels import weight_only_linear as operator
+from atom_compile.kernels.linear import Tiling
+from atom_compile.kernels.packing import (
+    GroupedWeight,
+    GroupLayout,
+    dequantize_weight,
+    grouped_codes,
+    pack_grouped,
+)
+
+from .cases import DTYPES, dtypes, few_examples, kernel_device, poisoned_memory, seeds, tokens
+
+MULTIPLY_DENSE: Callable[..., Tensor] = operator.multiply_dense
+layouts = st.builds(
+    GroupLayout,
+    st.sampled_from([256, 344, 352, 700, 1376, 2817]),
+    st.sampled_from([32, 64, 128, 256]),
+    st.just(0),
+)
+
+
+class Arguments(NamedTuple):
+    """Those of `atom::weight_only_linear` but for the dtype, which is x's."""
+
+    x: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+
+    def to(self, device: torch.device) -> Arguments:
+        return Arguments(*(None if one is None else one.to(device) for one in self))  # type: ignore[arg-type]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+
+def arguments(
+    shape: tuple[int, ...],
+    N: int,
+    layout: GroupLayout,
+    dtype: torch.dtype = torch.float32,
+    *,
+    symmetric: bool = True,
+    extras: bool = False,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | None = None,
+) -> Arguments:
+    device = device or torch.device("cpu")
+    weight = pack_grouped(torch.randn(N, layout.width, device=device), layout, 4, 0.9, symmetric)
+    return Arguments(
+        torch.randn(*shape, layout.width, device=device).to(dtype),
+        *weight._replace(weight_scale=weight.weight_scale.to(scale_dtype)),
+        torch.randn(N, dtype=dtype, device=device) if extras else None,
+        torch.randn(*shape, N, dtype=dtype, device=device) if extras else None,
+    )
+
+
+def assert_alike(got: Tensor, want: Tensor, rounding: float = 0.0) -> None:
+    """Up to the order of float32 sums, and each output's own rounding; `rounding`: of weights."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    if not want.numel():
+        return
+    eps = max(torch.finfo(want.dtype).eps, 1e-5)
+    largest = float(want.float().abs().max())
+    tolerance = max(eps, rounding) * largest
+    torch.testing.assert_close(got.cpu().float(), want.float(), rtol=2 * eps, atol=tolerance)
+
+
+def reference(args: Arguments) -> Tensor:
+    return operator.reference(*args, args.dtype)
+
+
+@few_examples
+@given(
+    tokens,
+    st.sampled_from([1, 40, 70, 130]),
+    layouts,
+    dtypes,
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([torch.bfloat16, torch.float16]),
+    seeds,
+)
+def test_kernel_agrees_with_the_reference(
+    tokens: int,
+    N: int,
+    layout: GroupLayout,
+    dtype: torch.dtype,
+    symmetric: bool,
+    extras: bool,
+    scale_dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    args = arguments(
+        (2, tokens), N, layout, dtype, symmetric=symmetric, extras=extras, scale_dtype=scale_dtype
+    )
+    with poisoned_memory():
+        got = operator.launch(*args.to(kernel_device()), dtype)
+    assert_alike(got, reference(args))
+
+
+@few_examples
+@given(st.sampled_from([1, 70]), layouts, dtypes, st.booleans(), seeds)
+def test_many_tokens_read_the_weight_in_their_own_dtype(
+    N: int, layout: GroupLayout, dtype: torch.dtype, symmetric: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    args = arguments((3,), N, layout, dtype, symmetric=symmetric, extras=True)
+    with poisoned_memory():
+        got = MULTIPLY_DENSE(*args.to(kernel_device()))
+    dense = dequantize_weight(GroupedWeight(*args[1:4]), layout).to(dtype)
+    assert args.bias is not None and args.residual is not None
+    want = F.linear(args.x.float(), dense.float(), args.bias.float()).to(dtype) + args.residual
+    assert_alike(got, want)
+    assert_alike(got, reference(args), rounding=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("tiling", [Tiling(64, 16, 2), Tiling(32, 32, 3), Tiling(128, 64, 1)])
+@pytest.mark.parametrize("group_size", [32, 128, 512])
+def test_kernel_in_other_tilings(tiling: Tiling, group_size: int) -> None:
+    layout = GroupLayout(2 * 512 + 100, group_size, 0)
+    args = arguments((35,), 150, layout, symmetric=False, extras=True)
+    with poisoned_memory():
+        got = operator.multiply_packed(*args.to(kernel_device()), tiling)
+    assert_alike(got, reference(args))
+
+
+def test_rows_of_a_larger_weight() -> None:
+    """What several linears read of a weight that they share."""
+    args = arguments((5,), 70, GroupLayout(344, 64, 0), symmetric=False)
+    part = args._replace(**{name: getattr(args, name)[:, 20:50] for name in GroupedWeight._fields})
+    want = reference(args)[:, 20:50]
+    assert_alike(reference(part), want)
+    moved = args.to(kernel_device())
+    part = moved._replace(
+        **{name: getattr(moved, name)[:, 20:50] for name in GroupedWeight._fields}
+    )
+    for got in (operator.launch(*part, args.dtype), MULTIPLY_DENSE(*part)):
+        assert_alike(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_code_and_zero_point_is_exact(dtype: torch.dtype) -> None:
+    """The identity times a weight is the weight; its rows have all the zero points there are."""
+    codes = (torch.arange(17 * 64).reshape(17, 2, 32) % 16) - 8
+    zero_point = torch.arange(-8, 9)[:, None].expand(17, 2)
+    weight = grouped_codes(codes, torch.ones(17, 2), zero_point)
+    want = (codes - zero_point[..., None]).flatten(1).t().to(dtype)
+    given = torch.eye(64, dtype=dtype), *weight
+    args = Arguments(*given, None, None).to(kernel_device())
+    assert torch.equal(operator.launch(*args, dtype).cpu(), want)
+    assert torch.equal(MULTIPLY_DENSE(*args).cpu(), want)
+    assert torch.equal(operator.reference(*given, None, None, dtype), want)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("channel", [0, 343])
+def test_a_poisoned_token_poisons_its_own_row(poison: float, channel: int) -> None:
+    layout = GroupLayout(344, 128, 0)
+    args = arguments((3,), 70, layout, symmetric=False)
+    clean = reference(args)
+    args.x[1, channel] = poison
+    for out in (reference(args), operator.launch(*args.to(kernel_device()), args.dtype).cpu()):
+        assert not out[1].isfinite().any()
+        torch.testing.assert_close(out[::2], clean[::2], rtol=1e-5, atol=1e-4)
+
+
+def test_a_wider_input_is_rounded_to_the_dtype_first() -> None:
+    """Under autocast activations arrive in float32, and the product is of 16 bits."""
+    args = arguments((3,), 40, GroupLayout(344, 128, 0))
+    rounded = args._replace(x=args.x.bfloat16())
+    moved = args.to(kernel_device())
+    assert_alike(operator.launch(*moved, torch.bfloat16), reference(rounded))
+    assert torch.equal(operator.reference(*args, torch.bfloat16), reference(rounded))
+
+
+@pytest.mark.parametrize("shape", [(15,), (2, 1, 15), (2, 3, 15)])
+def test_residual_broadcasts_and_may_be_strided(shape: tuple[int, ...]) -> None:
+    residual = torch.randn(shape)[..., 5:10]
+    args = arguments((2, 3), 5, GroupLayout(344, 128, 0))._replace(residual=residual)
+    args = args._replace(x=torch.randn(3, 2, 344).transpose(0, 1))
+    assert_alike(operator.launch(*args.to(kernel_device()), torch.float32), reference(args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_operator_passes_opcheck(dtype: torch.dtype, symmetric: bool) -> None:
+    args = arguments((2, 3), 40, GroupLayout(344, 128, 0), dtype, symmetric=symmetric, extras=True)
+    torch.library.opcheck(torch.ops.atom.weight_only_linear.default, (*args, dtype))
+
+
+def test_paths_by_tokens() -> None:
+    layout, gpu = GroupLayout(4096, 128, 0), torch.device("cuda")
+    assert operator.describe(1, 64, layout, torch.bfloat16, torch.device("cpu")) == "reference"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "multiprocessors", lambda _: 132)
+        assert operator.describe(64, 4096, layout, torch.bfloat16, gpu) == operator.PATH
+        assert operator.describe(4096, 4096, layout, torch.bfloat16, gpu) == operator.DEQUANTIZE
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("M", [1, 16, 17, 64, 200, 300])
+@pytest.mark.parametrize(("N", "K", "group_size"), [(4096, 14336, 128), (6144, 4100, 32)])
+def test_kernel_on_real_shapes(
+    M: int, N: int, K: int, group_size: int, dtype: torch.dtype, symmetric: bool
+) -> None:
+    device = torch.device("cuda")
+    layout = GroupLayout(K, group_size, 0)
+    args = arguments((M,), N, layout, dtype, symmetric=symmetric, extras=True, device=device)
+    with poisoned_memory():
+        got = operator.launch(*args, dtype)
+    # many tokens read weights that were rounded to the dtype
+    assert_alike(got, reference(args).cpu(), rounding=torch.finfo(dtype).eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 16, 300])
+def test_graphs_replay(M: int) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    layout = GroupLayout(8192, 128, 0)
+    args = arguments((M,), 1024, layout, torch.bfloat16, symmetric=False, device=device)
+    want = operator.launch(*args, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = operator.launch(*args, torch.bfloat16)
+    for _ in range(5):
+        got.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(got, want)

@@ -1,0 +1,163 @@
+"""Schemes that leave activations in 16 bits: products, and reorders if asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from atom_compile import KVCache, Recipe, Scheme, calibrate, explain
+from atom_compile.errors import OptionError
+from atom_compile.passes.derived import PackedLinear
+from atom_compile.signal_noise import measure_layers
+
+from ..capturing import atom_operators, reference_output, relative_error, rewrites, token_batch
+from ..models import HandWritten, tiny_llama
+
+W4A16 = Scheme.preset("w4a16")
+ACT_ORDER = replace(W4A16, act_order=True)
+ASYMMETRIC = replace(W4A16, symmetric=False, group_size=32)
+VARIANTS = [W4A16, ACT_ORDER, ASYMMETRIC]
+
+
+def test_nothing_but_products_is_left() -> None:
+    model, ids = tiny_llama(), token_batch()
+    plain = atom_operators(model, ids, scheme=W4A16, fuse=False)
+    assert plain == {"atom.weight_only_linear": 14, "linear": 1}
+    # q, k and v, and gate and up, are one product each
+    fused = {"atom.weight_only_linear": 8, "linear": 1}
+    assert atom_operators(model, ids, scheme=W4A16) == fused
+    # down_proj's reorder is folded, the three others of a layer stay
+    assert atom_operators(model, ids, scheme=ACT_ORDER) == fused | {"atom.reorder": 6}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_before_and_after(symmetric: bool) -> None:
+    scheme = replace(W4A16, symmetric=symmetric)
+    (run,) = rewrites(HandWritten(depth=1, bias=True).eval(), token_batch(), scheme=scheme)
+    products = [node for node in run.gm.graph.nodes if "atom_packed" in node.meta]
+    assert len(products) == 4
+    for node in products:
+        packed: PackedLinear = node.meta["atom_packed"]
+        x, weight, scale, zero_point, *_ = (
+            one.meta["example_value"] if isinstance(one, torch.fx.Node) else one
+            for one in node.args
+        )
+        G, N = packed.layout.num_groups, packed.out_features
+        assert x.shape[-1] == packed.layout.width and -(-x.shape[-1] // 128) == G
+        assert weight.shape == (G, N, 64) and scale.shape == (G, N)
+        assert (zero_point is None) if symmetric else zero_point.shape == (G, N)
+    assert [node.args[-2] is not None for node in products] == [False, True, False, True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", VARIANTS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_fusing_changes_nothing(scheme: Scheme, bias: bool) -> None:
+    model, ids = HandWritten(bias=bias).eval(), token_batch()
+    plain = reference_output(model, ids, scheme=scheme, fuse=False)
+    fused = reference_output(model, ids, scheme=scheme)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+    assert 1e-3 < relative_error(fused, model(ids)) < 0.3
+
+
+@torch.no_grad()
+def test_zero_points_serve(graphs_run_eagerly: list[Any]) -> None:
+    model, ids = tiny_llama(), token_batch()
+    errors = []
+    for scheme in (replace(W4A16, weight_clip=1.0), replace(ASYMMETRIC, weight_clip=1.0)):
+        torch._dynamo.reset()
+        wanted = model.forward(ids).logits
+        model.compile(backend="atom", options={"scheme": scheme, "strict": True})
+        errors.append(relative_error(model(ids).logits, wanted))
+    assert errors[1] < 0.9 * errors[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", VARIANTS)
+def test_gptq(scheme: Scheme, graphs_run_eagerly: list[Any], tmp_path: Any) -> None:
+    model, ids = tiny_llama(layers=1), token_batch(4, 64)
+    wanted = model(ids).logits
+    recipe = calibrate(model, [ids], scheme, progress=False)
+    recipe.save(tmp_path / "recipe.safetensors")
+    loaded = Recipe.load(tmp_path / "recipe.safetensors")
+    assert loaded.scheme == scheme and loaded.rounded.keys() == recipe.rounded.keys()
+    errors = []
+    for options in ({"scheme": scheme}, {"recipe": loaded}):
+        torch._dynamo.reset()
+        model.compile(backend="atom", options={**options, "strict": True})
+        errors.append(relative_error(model(ids).logits, wanted))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_layer_over_the_budget_stays_as_it_is() -> None:
+    model, ids = tiny_llama(layers=1), token_batch(4, 64)
+    recipe = calibrate(model, [ids], W4A16, progress=False, error_budget=1e-6)
+    assert all(choice.keep for choice in recipe.layers.values()) and not recipe.rounded
+    reason = next(iter(recipe.layers.values())).reason
+    assert reason is not None and "16-bit activations, budget 1e-06" in reason
+
+
+@pytest.mark.parametrize("scheme", VARIANTS)
+def test_explain_names_operator_and_bytes(scheme: Scheme) -> None:
+    report = explain(tiny_llama(), token_batch(), options={"scheme": scheme})
+    down = next(layer for layer in report.layers if "down_proj" in layer.name)
+    assert down.operator == "atom.weight_only_linear + residual" and down.quantized_by is None
+    assert (down.weight_bits, down.activation_bits, down.outlier_channels) == (4, 16, 0)
+    groups = -(-down.in_features // scheme.group_size)
+    of_a_group = scheme.group_size // 2 + (2 if scheme.symmetric else 3)
+    assert down.weight_bytes_after == down.out_features * groups * of_a_group
+    assert "weight_only_linear" in str(report)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", [W4A16, ACT_ORDER])
+def test_noise_of_each_linear(scheme: Scheme) -> None:
+    noises = measure_layers(tiny_llama(), [token_batch()], {"scheme": scheme})
+    assert len(noises) == 14
+    assert all(noise.alone_db is not None and 10.0 < noise.alone_db < 40.0 for noise in noises)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"outlier_channels": 16}, {"int8_share": 0.5}, {"rotation": 64}, {"two_level": True}],
+)
+def test_what_it_does_not_go_with(field: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(field))}.*activation"):
+        replace(W4A16, **field)
+
+
+@pytest.mark.parametrize("field", [{"symmetric": False}, {"act_order": True}])
+def test_what_only_it_goes_with(field: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(field))}.*activation_bits=16; it is 4"):
+        Scheme(**field)
+    with pytest.raises(OptionError, match="group_size is 32"):
+        Scheme(group_size=32)
+
+
+@torch.no_grad()
+def test_a_quantized_cache_goes_with_it(graphs_run_eagerly: list[Any]) -> None:
+    model, ids = tiny_llama(), token_batch(2, 12)
+    cache = KVCache(model.config, 2, 16, "kv4", device="cpu")
+    model.compile(backend="atom", options={"scheme": W4A16, "strict": True})
+    got = [model(piece, past_key_values=cache).logits for piece in ids.split((11, 1), dim=1)]
+    operators = {str(node.target) for graph in graphs_run_eagerly for node in graph.graph.nodes}
+    assert {"atom.weight_only_linear.default", "atom.attention.default"} <= operators
+    assert not any("quantize" in name for name in operators)
+    wanted = model.forward(ids).logits
+    assert relative_error(torch.cat(got, dim=1), wanted) < 0.4
+
+
+@torch.no_grad()
+def test_inductor_compiles_it() -> None:
+    torch._dynamo.reset()
+    model, ids = HandWritten(depth=1).eval(), token_batch()
+    options: dict[str, Any] = {"scheme": ASYMMETRIC, "strict": True}
+    compiled = torch.compile(model, backend="atom", options=options)
+    for length in (12, 7, 1):
+        piece = ids[:, :length]
+        wanted = reference_output(model, piece, scheme=ASYMMETRIC)
+        torch.testing.assert_close(compiled(piece), wanted, rtol=1e-3, atol=1e-3)
+    torch._dynamo.reset()
