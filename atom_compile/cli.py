@@ -81,7 +81,7 @@ def explain(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w4a4, w4a4-rotated, w4ax, w4a8, w4a8-two-level or w4a16; "
+            help="w4a4, w4a4-rotated, w4ax, w4ax-rotated, w4a8, w4a8-two-level or w4a16; "
             "by default the recipe's own, or w4a4."
         ),
     ] = None,

@@ -126,7 +126,8 @@ class Scheme:
 
         `w4a4`: Atom. `w4a4-rotated`: the same with rotated channels, half the loss (of
             prose-llama-25m with GPTQ: 1.019x perplexity, as measured by benchmarks/accuracy.py).
-        `w4ax`: COMET, at most a quarter of the blocks of channels in INT8.
+        `w4ax`: COMET, at most a quarter of the blocks of channels in INT8. `w4ax-rotated`: the
+            same with rotated channels.
         `w4a8`: INT8 activations without clip, 48 outlier channels.
         `w4a8-two-level`: one scale a token, so that sums stay integers; rotated, since what is
         large among so many channels would leave the others few codes.
@@ -158,8 +159,8 @@ PRESETS = {
     "w4ax": Scheme(int8_share=0.25),
     # a rotated group is bell-shaped whatever it was: of 128 such values 4 bits keep most at 0.8
     "w4a4-rotated": Scheme(rotation=128, activation_clip=0.8, weight_clip=0.8),
-    # INT8 groups need fewer outlier channels; the fewer share one scale, the better they are kept
     "w4ax-rotated": Scheme(rotation=128, activation_clip=0.8, weight_clip=0.8, int8_share=0.25),
+    # INT8 groups need fewer outlier channels; the fewer share one scale, the better they are kept
     "w4a8": Scheme(activation_bits=8, outlier_channels=48, activation_clip=1.0),
     # unrotated, prose-llama-25m with injected outliers loses 2 %: they share one scale as well
     "w4a8-two-level": Scheme(activation_bits=8, activation_clip=1.0, rotation=128, two_level=True),
