@@ -141,6 +141,8 @@ E3M2 = FloatFormat(3, 2)
 E2M3 = FloatFormat(2, 3)
 E2M2 = FloatFormat(2, 2)
 E2M1 = FloatFormat(2, 1)
+FORMATS = {"e3m2": E3M2, "e2m3": E2M3, "e2m2": E2M2, "e2m1": E2M1}
+"""The floating-point formats of weights, by name; "int" is the name of integers."""
 
 
 class Float8:

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .formats import Float8, FloatFormat, IntFormat
+from .formats import FORMATS, Float8, FloatFormat, IntFormat
 
 TINY = 1e-30  # a scale of a group of zeros: small, but with a finite reciprocal
 OUTLIER_BITS = 8
@@ -279,21 +279,34 @@ def best_scale(
 class GroupedWeight(NamedTuple):
     """A weight all of whose channels are in groups, for activations of 16 bits.
 
-    weight (G, N, group_size / 2) uint8 as in `PackedWeight`, weight_scale (G, N) of 16 bits,
-    zero_point (G, N) int8: the code of zero, -8 to 8, or None for 0 everywhere.
+    weight (G, N, group_size / 2) uint8 as in `PackedWeight`, weight_scale (G, N) of 16 bits. Of
+    integers zero_point (G, N) int8: the code of zero, -8 to 8, or None for 0 everywhere. Of a
+    floating-point format high_bits as in `FloatWeight`, or None if it has no more than four.
 
-        w = (code - zero_point) * weight_scale
+        w = (code - zero_point) * weight_scale        w = value of the code * weight_scale
     """
 
     weight: Tensor
     weight_scale: Tensor
     zero_point: Tensor | None = None
+    high_bits: Tensor | None = None
 
 
 def pack_grouped(
-    weight: Tensor, layout: GroupLayout, bits: int, clip: float, symmetric: bool = True
+    weight: Tensor,
+    layout: GroupLayout,
+    bits: int,
+    clip: float,
+    symmetric: bool = True,
+    format: str = "int",
 ) -> GroupedWeight:
-    """Quantizes a weight `(N, K)`, columns in order, rounding to nearest. `bits`: 2 to 4."""
+    """Quantizes a weight `(N, K)`, columns in order, rounding to nearest.
+
+    bits (2 to 4), clip, symmetric: of integers. A floating-point format, by its name in `FORMATS`,
+    has its own bits, and its clips are searched for.
+    """
+    if format != "int":
+        return without_outliers(pack_float_weight(weight, layout, FORMATS[format]))
     if symmetric:
         packed = pack_weight(weight, layout, bits, clip)
         return GroupedWeight(packed.weight, packed.weight_scale)
@@ -330,6 +343,17 @@ def grouped_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Gr
         scale.t().contiguous(),
         None if zero_point is None else zero_point.to(torch.int8).t().contiguous(),
     )
+
+
+def without_outliers(packed: FloatWeight) -> GroupedWeight:
+    """The same weight, which has no outliers and a scale per group."""
+    high_bits = packed.high_bits if packed.high_bits.numel() else None
+    return GroupedWeight(packed.weight, packed.weight_scale, None, high_bits)
+
+
+def high_bytes(group_size: int, format: str) -> int:
+    """How many bytes of `high_bits` a row of a group has."""
+    return 0 if format == "int" else group_size * (FORMATS[format].bits - 4) // 8
 
 
 def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
@@ -387,10 +411,10 @@ def pack_planes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return _pack_bits(codes & 0xF, 4), _pack_bits(codes >> 4, bits - 4)
 
 
-def unpack_planes(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_planes`."""
+def unpack_planes(low: Tensor, high: Tensor | None, bits: int) -> Tensor:
+    """The inverse of `pack_planes`. high: may be None if bits is 4."""
     codes = _unpack_bits(low, 4)
-    return codes | _unpack_bits(high, bits - 4) << 4 if bits > 4 else codes
+    return codes if high is None or bits == 4 else codes | _unpack_bits(high, bits - 4) << 4
 
 
 def _pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -408,9 +432,16 @@ def _unpack_bits(packed: Tensor, bits: int) -> Tensor:
     return torch.cat([packed >> shift & mask for shift in range(0, 8, bits)], dim=-1)
 
 
-def dequantize_weight(packed: AnyWeight, layout: GroupLayout) -> Tensor:
-    """The float32 weight `(N, K)`, in order, that the operators compute with. For inspection."""
-    codes = unpack_int4(packed.weight).float()
+def dequantize_weight(packed: AnyWeight, layout: GroupLayout, format: str = "int") -> Tensor:
+    """The float32 weight `(N, K)`, in order, that the operators compute with. For inspection.
+
+    format: only a `GroupedWeight` may have another one.
+    """
+    if format == "int":
+        codes = unpack_int4(packed.weight).float()
+    else:
+        assert isinstance(packed, GroupedWeight)
+        codes = _decode(packed, FORMATS[format])
     if isinstance(packed, TwoLevelWeight):
         scale = packed.group_scale * packed.row_scale
     else:
@@ -424,9 +455,13 @@ def dequantize_float_weight(
     packed: FloatWeight, layout: GroupLayout, format: FloatFormat
 ) -> Tensor:
     """As `dequantize_weight`; the planes do not tell the format."""
-    codes = unpack_planes(packed.weight, packed.high_bits, format.bits)
-    groups = format.decode(codes) * packed.weight_scale.float()[..., None]
+    groups = _decode(packed, format) * packed.weight_scale.float()[..., None]
     return _in_order(groups, packed, layout)
+
+
+def _decode(packed: FloatWeight | GroupedWeight, format: FloatFormat) -> Tensor:
+    """The float32 values (G, N, group_size)."""
+    return format.decode(unpack_planes(packed.weight, packed.high_bits, format.bits))
 
 
 def _in_order(groups: Tensor, packed: AnyWeight | FloatWeight, layout: GroupLayout) -> Tensor:

@@ -1,4 +1,4 @@
-"""`atom::weight_only_linear`: 16-bit activations times a packed INT4 weight.
+"""`atom::weight_only_linear`: 16-bit activations times a packed weight, of INT4 or few-bit floats.
 
     out[m, n] = sum_g weight_scale[g, n] * sum_k x[m, k] * (weight[n, k] - zero_point[g, n])
               + bias[n]                 rounded to the output's dtype, then + residual[m, n]
@@ -8,8 +8,18 @@ them as they are and the scale goes to a group's sum: no weight is rounded, and 
 float32. Only for many tokens, where unpacking for every tile of them would cost more than it saves,
 the whole weight is dequantized first, to `dtype`, and PyTorch multiplies.
 
+The bits of a floating-point code are moved to where the wider format has them (formats.py). What is
+beyond four bits lies in `high_bits`; a byte of it serves several bytes of `weight`, its *parts*:
+
+    byte of high_bits      p                       its bits for part r, bits - 4 = b of them:
+    bytes of weight        p, P + p, 2 P + p, ...      lower code from b * r on, upper code 4 further
+
+A step multiplies part by part, all of them tiles of P bytes of a row: they are laid out alike over
+the threads, so the byte of `high_bits` is where each is unpacked.
+
 Sources: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978) for the numbers; for turning codes into
-16-bit floats by their exponent Kim et al., "Who Says Elephants Can't Run" (arXiv 2211.10017).
+16-bit floats by their exponent Kim et al., "Who Says Elephants Can't Run" (arXiv 2211.10017); for
+floating-point weights FP6-LLM (arXiv 2401.14112).
 """
 
 from __future__ import annotations
@@ -26,6 +36,7 @@ from . import linear
 from .devices import multiprocessors
 from .library import define
 from .linear import Tiling, split_buffers, store_tile, tile_in_band
+from .formats import FORMATS
 from .packing import GroupedWeight, GroupLayout, dequantize_weight
 
 
@@ -34,14 +45,21 @@ def reference(
     weight: Tensor,
     weight_scale: Tensor,
     zero_point: Tensor | None,
+    high_bits: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    *,
+    format: str = "int",
 ) -> Tensor:
     """x (*, K), rounded to `dtype`; the weight as `packing.GroupedWeight`, bias (N,), residual
-    (*, N) -> (*, N) in `dtype`."""
+    (*, N) -> (*, N) in `dtype`.
+
+    format: "int", or the name of the weight's format in `formats.FORMATS`.
+    """
     layout = GroupLayout(x.shape[-1], 2 * weight.shape[2], 0)
-    dense = dequantize_weight(GroupedWeight(weight, weight_scale, zero_point), layout)
+    packed = GroupedWeight(weight, weight_scale, zero_point, high_bits)
+    dense = dequantize_weight(packed, layout, format)
     out = F.linear(x.to(dtype).float(), dense)
     if bias is not None:
         out = out + bias.float()
@@ -54,9 +72,12 @@ def fake(
     weight: Tensor,
     weight_scale: Tensor,
     zero_point: Tensor | None,
+    high_bits: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    *,
+    format: str = "int",
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1], dtype=dtype)
 
@@ -92,8 +113,73 @@ def _unpacking(dtype, pack):
 
 
 @triton.constexpr_function
+def _placing(dtype, pack, exponent_bits, mantissa_bits, part):
+    """PTX that makes 16-bit floats of floating-point codes, two bytes of `weight` at a time.
+
+    Each half of a register gets a byte of `weight` below its byte of `high_bits`, from where each
+    field of a code is shifted to its place. Float16 is left there, the value times 2^-gap; bfloat16
+    is multiplied by 2^gap, as sums of such small products would underflow.
+
+    Results are the lower codes of `pack` bytes, then the upper ones; operands the bytes of `weight`
+    and then those of `high_bits`, each a whole register or half a one.
+    """
+    words = pack // 2  # of a result
+    is_bfloat16 = dtype == tl.bfloat16
+    width, magnitude_at = exponent_bits + mantissa_bits, (7 if is_bfloat16 else 10) - mantissa_bits
+    extra = width - 3  # bits of a code in high_bits
+    operands = [f"${2 * words}", f"${2 * words + 1}"]
+    if words == 1:
+        operands = [f"{{{operand}, none}}" for operand in operands]
+    lines = [".reg .b32 bytes, more, pair, field, unit, zero;", ".reg .b16 none;"]
+    lines += ["mov.b16 none, 0;"]
+    lines += [f"mov.b32 bytes, {operands[0]};", f"mov.b32 more, {operands[1]};"]
+    if is_bfloat16:
+        unit = 127 + 127 - ((1 << (exponent_bits - 1)) - 1) << 7  # 2^gap
+        lines += [f"mov.b32 unit, {unit << 16 | unit:#x};", "mov.b32 zero, 0x80008000;"]  # -0
+    for word, beside in enumerate(("0x5140", "0x7362")[:words]):
+        high = "0" if extra == 0 else "more"
+        lines.append(f"prmt.b32 pair, bytes, {high}, {beside};")
+        for upper in (0, 1):
+            result = f"${upper * words + word}"
+            high_at = 8 + extra * part + 4 * upper
+            # (from which bit, how many, to which bit)
+            fields = [(4 * upper, min(width, 4), magnitude_at)]
+            if extra > 1:
+                fields.append((high_at, extra - 1, magnitude_at + 4))
+            fields.append((high_at + extra - 1 if extra else 4 * upper + 3, 1, 15))
+            lines.append(f"mov.b32 {result}, 0;")
+            for start, bits, to in fields:
+                shift, by = ("shl.b32", to - start) if to > start else ("shr.u32", start - to)
+                lines.append(f"{shift} field, pair, {by};")
+                mask = ((1 << bits) - 1) << to
+                mask = f"{mask << 16 | mask:#x}"
+                lines.append(f"lop3.b32 {result}, field, {mask}, {result}, 0xEA;")  # (a & b) | c
+            if is_bfloat16:
+                lines.append(f"fma.rn.bf16x2 {result}, {result}, unit, zero;")
+    return "{" + " ".join(lines) + "}"
+
+
+@triton.constexpr_function
 def _registers(pack):
     return "=&r,=&r,=&r,=&r,r,r,r" if pack == 4 else "=&r,=&r,h,r"
+
+
+@triton.constexpr_function
+def _registers_of_planes(pack):
+    return "=&r,=&r,=&r,=&r,r,r" if pack == 4 else "=&r,=&r,h,h"
+
+
+@triton.constexpr_function
+def _num_parts(exponent_bits, mantissa_bits):
+    """How many bytes of `weight` share one of `high_bits`; 1 if there is none."""
+    extra = exponent_bits + mantissa_bits - 3
+    return 4 // extra if extra > 0 else 1
+
+
+@triton.constexpr_function
+def _power_of_gap(exponent_bits, bias):
+    """2^gap: what a code's value is of a format with that bias in which its bits are placed."""
+    return 2.0 ** (bias - ((1 << (exponent_bits - 1)) - 1)) if exponent_bits else 1.0
 
 
 @triton.constexpr_function
@@ -102,14 +188,57 @@ def _twice(dtype):
 
 
 @triton.jit
-def to_values(packed, zero_point, DTYPE: tl.constexpr, PACK: tl.constexpr):
+def _place(codes, DTYPE: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+    """int32 codes -> as `_placing` makes them."""
+    WIDTH: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS
+    magnitude = (codes & ((1 << WIDTH) - 1)) << (10 - MANTISSA_BITS)
+    placed = ((codes >> WIDTH) << 15 | magnitude).to(tl.int16).to(tl.float16, bitcast=True)
+    if DTYPE != tl.float16:
+        placed = (placed.to(tl.float32) * _power_of_gap(EXPONENT_BITS, 15)).to(DTYPE)
+    return placed
+
+
+@triton.jit
+def to_values(
+    packed,
+    high_bits,
+    zero_point,
+    DTYPE: tl.constexpr,
+    PACK: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    PART: tl.constexpr,
+):
     """Packed rows (N, J) -> what their lower and upper codes stand for before they are scaled.
 
-    The one place that knows the weight's format. zero_point (N, 1), int32. Two tiles (N, J) of
-    DTYPE, exact; nothing moves between threads. PACK: so many bytes of a row lie side by side in a
-    thread, 2 for Hopper's products of four warps and 4 for all others; 0 for no PTX at all.
+    The one place that knows the weight's format. packed, high_bits (N, J) uint8, zero_point (N,)
+    int8, each read only by formats that have it. Two tiles (N, J) of DTYPE, exact, but float16 of a
+    floating-point format is 2^-gap of it; nothing moves between threads. PACK: so many bytes of a
+    row lie side by side in a thread, 2 for Hopper's products of four warps and 4 for all others; 0
+    for no PTX at all. EXPONENT_BITS: 0 for INT4. PART: see the module's docstring.
     """
-    if PACK > 0 and DTYPE.primitive_bitwidth == 16:
+    packed = packed.to(tl.int8, bitcast=True)
+    high_bits = high_bits.to(tl.int8, bitcast=True)
+    zero_point = zero_point.to(tl.int32)[:, None]
+    if EXPONENT_BITS > 0:
+        if PACK > 0 and DTYPE.primitive_bitwidth == 16:
+            low, high = tl.inline_asm_elementwise(
+                _placing(DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, PART),
+                _registers_of_planes(PACK), [packed, high_bits],
+                dtype=_twice(DTYPE), is_pure=True, pack=PACK,
+            )  # fmt: skip
+        else:
+            EXTRA: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS - 3
+            low_codes = packed.to(tl.int32) & 0xF
+            high_codes = (packed.to(tl.int32) >> 4) & 0xF
+            if EXTRA > 0:
+                MASK: tl.constexpr = (1 << EXTRA) - 1
+                extra = high_bits.to(tl.int32) >> (EXTRA * PART)
+                low_codes |= (extra & MASK) << 4
+                high_codes |= ((extra >> 4) & MASK) << 4
+            low = _place(low_codes, DTYPE, EXPONENT_BITS, MANTISSA_BITS)
+            high = _place(high_codes, DTYPE, EXPONENT_BITS, MANTISSA_BITS)
+    elif PACK > 0 and DTYPE.primitive_bitwidth == 16:
         CODE_ZERO: tl.constexpr = 136 if DTYPE.is_bf16() else 1032
         summand = (-CODE_ZERO - zero_point).to(tl.float32).to(DTYPE)
         low, high = tl.inline_asm_elementwise(
@@ -128,6 +257,7 @@ def weight_only_kernel(
     weight_ptr,
     weight_scale_ptr,
     zero_point_ptr,
+    high_bits_ptr,
     bias_ptr,
     residual_ptr,
     out_ptr,
@@ -139,8 +269,10 @@ def weight_only_kernel(
     weight_rows,
     num_groups,
     HALF_GROUP: tl.constexpr,
-    HALF_STEP: tl.constexpr,
+    PART_STEP: tl.constexpr,
     RAGGED: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -152,14 +284,18 @@ def weight_only_kernel(
 ):
     """One tile of out^T = weight x^T: a weight on the left stays in registers, unpacked.
 
-    A step is a group, or the part of a large one whose codes lie in HALF_STEP bytes of a row.
+    A step is a group, or a piece of a large one: PART_STEP bytes of a row from each of its parts.
     Programs along the grid's second axis split K, as in `linear_kernel`. A group begins
     `weight_rows` rows after the one before: N, or more where the weight is part of a larger one.
     RAGGED: the last group is not full, and what lies behind a token's last channel is another
-    token's.
+    token's. EXPONENT_BITS, MANTISSA_BITS: of the weight's format, or 0 for INT4.
     """
-    STEPS: tl.constexpr = HALF_GROUP // HALF_STEP  # a group's
+    PARTS: tl.constexpr = _num_parts(EXPONENT_BITS, MANTISSA_BITS)
+    HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
+    PART: tl.constexpr = HALF_GROUP // PARTS  # bytes of a row of a group
+    STEPS: tl.constexpr = PART // PART_STEP  # a group's
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, 15) if DTYPE.is_fp16() else 1.0
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1) if IS_SPLIT else 1
@@ -171,9 +307,10 @@ def weight_only_kernel(
     # tokens past the end: as in linear_kernel
     m_row = tl.where(m < M, m, tl.minimum(m - M, M - 1)).to(tl.int64)
     n_row = tl.where(live_n, n, 0).to(tl.int64)
-    lane = tl.arange(0, HALF_STEP)
+    lane = tl.arange(0, PART_STEP)
     x_tile = x_ptr + m_row[None, :] * K + lane[:, None]
     weight_tile = weight_ptr + n_row[:, None] * HALF_GROUP + lane[None, :]
+    high_bits_tile = high_bits_ptr + n_row[:, None] * PART + lane[None, :]
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     first = split * num_groups // splits
@@ -186,28 +323,35 @@ def weight_only_kernel(
         zero_point = tl.load(zero_point_ptr + scale_at, mask=live_n, other=0)
     for step in range(first * STEPS, end * STEPS):
         group = step // STEPS
-        byte = (step % STEPS) * HALF_STEP
+        byte = (step % STEPS) * PART_STEP
         following = tl.cast(tl.minimum((step + 1) // STEPS, num_groups - 1), tl.int64)
         following = following * weight_rows + n
         next_scale = tl.load(weight_scale_ptr + following, mask=live_n, other=0.0)
         if HAS_ZERO_POINT:
             next_zero_point = tl.load(zero_point_ptr + following, mask=live_n, other=0)
-        packed = tl.load(weight_tile + tl.cast(group, tl.int64) * weight_rows * HALF_GROUP + byte)
-        channel = group * 2 * HALF_GROUP + byte
-        if RAGGED:
-            low_live = channel + lane[:, None] < K
-            high_live = channel + HALF_GROUP + lane[:, None] < K
-            x_low = tl.load(x_tile + channel, mask=low_live, other=0.0)
-            x_high = tl.load(x_tile + channel + HALF_GROUP, mask=high_live, other=0.0)
-        else:
-            x_low = tl.load(x_tile + channel)
-            x_high = tl.load(x_tile + channel + HALF_GROUP)
-        low, high = to_values(
-            packed.to(tl.int8, bitcast=True), zero_point.to(tl.int32)[:, None], DTYPE, PACK
-        )
-        sums = tl.dot(low, x_low, input_precision="ieee")
-        sums = tl.dot(high, x_high, sums, input_precision="ieee")
-        acc += sums * scale.to(tl.float32)[:, None]
+        first_row = tl.cast(group, tl.int64) * weight_rows
+        if HAS_HIGH_BITS:
+            high_bits = tl.load(high_bits_tile + first_row * PART + byte)
+        sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            at = part * PART + byte
+            packed = tl.load(weight_tile + first_row * HALF_GROUP + at)
+            channel = group * 2 * HALF_GROUP + at
+            if RAGGED:
+                low_live = channel + lane[:, None] < K
+                high_live = channel + HALF_GROUP + lane[:, None] < K
+                x_low = tl.load(x_tile + channel, mask=low_live, other=0.0)
+                x_high = tl.load(x_tile + channel + HALF_GROUP, mask=high_live, other=0.0)
+            else:
+                x_low = tl.load(x_tile + channel)
+                x_high = tl.load(x_tile + channel + HALF_GROUP)
+            low, high = to_values(
+                packed, high_bits if HAS_HIGH_BITS else packed, zero_point,
+                DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part,
+            )  # fmt: skip
+            sums = tl.dot(low, x_low, sums, input_precision="ieee")
+            sums = tl.dot(high, x_high, sums, input_precision="ieee")
+        acc += sums * (scale.to(tl.float32) * UNPLACED)[:, None]
         scale = next_scale
         if HAS_ZERO_POINT:
             zero_point = next_zero_point
@@ -223,44 +367,59 @@ def dequantize_kernel(
     weight_ptr,
     weight_scale_ptr,
     zero_point_ptr,
+    high_bits_ptr,
     out_ptr,
     N,
     K,
     weight_rows,
     HALF_GROUP: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PACK: tl.constexpr,
 ):
     """One group of BLOCK_N rows of the weight (N, K)."""
+    PARTS: tl.constexpr = _num_parts(EXPONENT_BITS, MANTISSA_BITS)
+    HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
+    PART: tl.constexpr = HALF_GROUP // PARTS
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, 15) if DTYPE.is_fp16() else 1.0
     group = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_n = n < N
     at = tl.cast(group, tl.int64) * weight_rows + n
-    lane = tl.arange(0, HALF_GROUP)
-    packed = tl.load(weight_ptr + at[:, None] * HALF_GROUP + lane, mask=live_n[:, None], other=0)
-    scale = tl.load(weight_scale_ptr + at, mask=live_n, other=0.0).to(tl.float32)[:, None]
+    lane = tl.arange(0, PART)
+    live = live_n[:, None]
+    scale = tl.load(weight_scale_ptr + at, mask=live_n, other=0.0).to(tl.float32) * UNPLACED
+    scale = scale[:, None]
     zero_point = tl.zeros((BLOCK_N,), dtype=tl.int8)
     if HAS_ZERO_POINT:
         zero_point = tl.load(zero_point_ptr + at, mask=live_n, other=0)
-    low, high = to_values(
-        packed.to(tl.int8, bitcast=True), zero_point.to(tl.int32)[:, None], DTYPE, PACK
-    )
-    channel = group * 2 * HALF_GROUP + lane[None, :]
-    out = out_ptr + n.to(tl.int64)[:, None] * K + channel
-    tl.store(out, (low.to(tl.float32) * scale).to(DTYPE), mask=live_n[:, None] & (channel < K))
-    tl.store(
-        out + HALF_GROUP,
-        (high.to(tl.float32) * scale).to(DTYPE),
-        mask=live_n[:, None] & (channel + HALF_GROUP < K),
-    )
+    if HAS_HIGH_BITS:
+        high_bits = tl.load(high_bits_ptr + at[:, None] * PART + lane, mask=live, other=0)
+    for part in tl.static_range(PARTS):
+        byte = part * PART + lane
+        packed = tl.load(weight_ptr + at[:, None] * HALF_GROUP + byte, mask=live, other=0)
+        low, high = to_values(
+            packed, high_bits if HAS_HIGH_BITS else packed, zero_point,
+            DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part,
+        )  # fmt: skip
+        channel = group * 2 * HALF_GROUP + byte[None, :]
+        out = out_ptr + n.to(tl.int64)[:, None] * K + channel
+        tl.store(out, (low.to(tl.float32) * scale).to(DTYPE), mask=live & (channel < K))
+        tl.store(
+            out + HALF_GROUP,
+            (high.to(tl.float32) * scale).to(DTYPE),
+            mask=live & (channel + HALF_GROUP < K),
+        )
 
 
 PATH = "triton 16-bit"
 DEQUANTIZE = "dequantize, cuBLAS"
 _MOST_TOKENS = 256  # for more the weight is dequantized; an estimate, not yet measured
 _MOST_CHANNELS = 128  # a step's
+_LEAST_DEPTH = 16  # of a product of tiles
 
 
 @functools.lru_cache(maxsize=4096)
@@ -299,14 +458,30 @@ def describe(M: int, N: int, layout: GroupLayout, dtype: torch.dtype, device: to
     return PATH if choose_tiling(M, N, layout.num_groups, dtype, device) else DEQUANTIZE
 
 
+def least_group_size(format: str) -> int:
+    """What the kernel can multiply by: a group's part is at least as deep as a product of tiles."""
+    exponent_bits, mantissa_bits = _bits(format)
+    return 2 * _LEAST_DEPTH * int(_num_parts(exponent_bits, mantissa_bits))
+
+
+def _bits(format: str) -> tuple[int, int]:
+    """Of exponent and mantissa, as the kernels take them."""
+    if format == "int":
+        return 0, 0
+    return FORMATS[format].exponent_bits, FORMATS[format].mantissa_bits
+
+
 def launch(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
     zero_point: Tensor | None,
+    high_bits: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    *,
+    format: str = "int",
 ) -> Tensor:
     """The arguments of `reference`, on a GPU."""
     x = x.to(dtype)
@@ -315,8 +490,10 @@ def launch(
     if M == 0:
         return x.new_empty(*x.shape[:-1], N)
     tiling = choose_tiling(M, N, num_groups, dtype, x.device)
-    arguments = (x, weight, weight_scale, zero_point, bias, residual)
-    return multiply_dense(*arguments) if tiling is None else multiply_packed(*arguments, tiling)
+    arguments = (x, weight, weight_scale, zero_point, high_bits, bias, residual)
+    if tiling is None:
+        return multiply_dense(*arguments, format=format)
+    return multiply_packed(*arguments, tiling, format=format)
 
 
 def multiply_packed(
@@ -324,9 +501,12 @@ def multiply_packed(
     weight: Tensor,
     weight_scale: Tensor,
     zero_point: Tensor | None,
+    high_bits: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     tiling: Tiling,
+    *,
+    format: str = "int",
 ) -> Tensor:
     """`launch` by one kernel, in x's dtype, for at least one token."""
     num_groups, N, half_group = weight.shape
@@ -336,11 +516,14 @@ def multiply_packed(
     if residual is not None:
         residual = residual.expand(out.shape).contiguous()
     tiles, partial, arrivals = split_buffers(out, tiling)
+    exponent_bits, mantissa_bits = _bits(format)
+    parts = 1 if high_bits is None else half_group // high_bits.shape[2]
     weight_only_kernel[(tiles, tiling.split_k)](
         x,
         weight,
         weight_scale,
         out if zero_point is None else zero_point,
+        out if high_bits is None else high_bits,
         out if bias is None else bias,
         out if residual is None else residual,
         out,
@@ -352,8 +535,10 @@ def multiply_packed(
         weight.stride(0) // half_group,
         num_groups,
         HALF_GROUP=half_group,
-        HALF_STEP=min(half_group, _MOST_CHANNELS // 2),
+        PART_STEP=min(half_group, _MOST_CHANNELS // 2) // parts,
         RAGGED=K % (2 * half_group) != 0,
+        EXPONENT_BITS=exponent_bits,
+        MANTISSA_BITS=mantissa_bits,
         HAS_ZERO_POINT=zero_point is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
@@ -373,22 +558,29 @@ def multiply_dense(
     weight: Tensor,
     weight_scale: Tensor,
     zero_point: Tensor | None,
+    high_bits: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    *,
+    format: str = "int",
 ) -> Tensor:
     """`launch` by way of the whole weight in x's dtype, for as long as the call takes."""
     num_groups, N, half_group = weight.shape
     dense = x.new_empty(N, x.shape[-1])
+    exponent_bits, mantissa_bits = _bits(format)
     block_n = max(1, 4096 // half_group)
     dequantize_kernel[(triton.cdiv(N, block_n), num_groups)](
         weight,
         weight_scale,
         dense if zero_point is None else zero_point,
+        dense if high_bits is None else high_bits,
         dense,
         N,
         x.shape[-1],
         weight.stride(0) // half_group,
         HALF_GROUP=half_group,
+        EXPONENT_BITS=exponent_bits,
+        MANTISSA_BITS=mantissa_bits,
         HAS_ZERO_POINT=zero_point is not None,
         BLOCK_N=block_n,
         PACK=4 if x.is_cuda else 0,
@@ -399,7 +591,8 @@ def multiply_dense(
 
 weight_only_linear = define(
     "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? zero_point, "
-    "Tensor? bias, Tensor? residual, ScalarType dtype) -> Tensor",
+    "Tensor? high_bits, Tensor? bias, Tensor? residual, ScalarType dtype, *, "
+    'str format="int") -> Tensor',
     reference,
     fake,
     launch,

@@ -22,6 +22,7 @@ from atom_compile.kernels import (
     attention_decode,
     attention_prefill,
     attention_quantize,
+    formats,
     gated_quantize,
     kv_cache,
     linear,
@@ -155,6 +156,10 @@ def main(capability: int) -> None:
             compile_weight_only(dtype, group_size=128, symmetric=True, K=K)
         compile_weight_only(torch.bfloat16, group_size=32, symmetric=False, K=1000)
         compile_weight_only(torch.float16, group_size=512, symmetric=False, K=K)
+        for format in formats.FORMATS:
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                compile_weight_only(dtype, group_size=128, symmetric=True, K=K, format=format)
+        compile_weight_only(torch.bfloat16, group_size=512, symmetric=True, K=1000, format="e2m3")
         patch.setattr(kv_cache, "append_kernel", Compiled(kv_cache.append_kernel, capability))
         patch.setattr(kv_cache, "read_kernel", Compiled(kv_cache.read_kernel, capability))
         for module, name in (
@@ -177,13 +182,15 @@ def main(capability: int) -> None:
         compile_cache(bits=8, groups=5, tokens=40, rope=torch.zeros(64, 80))
 
 
-def compile_weight_only(dtype: torch.dtype, group_size: int, symmetric: bool, K: int) -> None:
+def compile_weight_only(
+    dtype: torch.dtype, group_size: int, symmetric: bool, K: int, format: str = "int"
+) -> None:
     N, layout = 4096, packing.GroupLayout(K, group_size, 0)
-    packed = packing.pack_grouped(torch.randn(N, K), layout, 4, 1.0, symmetric)
+    packed = packing.pack_grouped(torch.randn(N, K), layout, 4, 1.0, symmetric, format)
     for M in (1, 16, 64, 200, 300):
         residual = torch.zeros(M, N, dtype=dtype)
         x = torch.zeros(M, K, dtype=dtype)
-        weight_only_linear.launch(x, *packed, residual[0], residual, dtype)
+        weight_only_linear.launch(x, *packed, residual[0], residual, dtype, format=format)
 
 
 def compile_attention(D: int, bits: int, groups: int, tokens: int, plain: bool) -> None:

@@ -1,23 +1,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from atom_compile.kernels import weight_only_linear as operator
+from atom_compile.kernels.formats import FORMATS
 from atom_compile.kernels.linear import Tiling
 from atom_compile.kernels.packing import (
     GroupedWeight,
     GroupLayout,
     dequantize_weight,
     grouped_codes,
+    pack_float_codes,
     pack_grouped,
+    without_outliers,
 )
 
 from .cases import DTYPES, dtypes, few_examples, kernel_device, poisoned_memory, seeds, tokens
@@ -29,15 +32,17 @@ layouts = st.builds(
     st.sampled_from([32, 64, 128, 256]),
     st.just(0),
 )
+formats = st.sampled_from(["int", *FORMATS])
 
 
 class Arguments(NamedTuple):
-    """Those of `atom::weight_only_linear` but for the dtype, which is x's."""
+    """Those of `atom::weight_only_linear` but for the dtype, which is x's, and the format."""
 
     x: Tensor
     weight: Tensor
     weight_scale: Tensor
     zero_point: Tensor | None
+    high_bits: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
 
@@ -59,9 +64,11 @@ def arguments(
     extras: bool = False,
     scale_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | None = None,
+    format: str = "int",
 ) -> Arguments:
     device = device or torch.device("cpu")
-    weight = pack_grouped(torch.randn(N, layout.width, device=device), layout, 4, 0.9, symmetric)
+    dense = torch.randn(N, layout.width, device=device)
+    weight = pack_grouped(dense, layout, 4, 0.9, symmetric, format)
     return Arguments(
         torch.randn(*shape, layout.width, device=device).to(dtype),
         *weight._replace(weight_scale=weight.weight_scale.to(scale_dtype)),
@@ -81,8 +88,8 @@ def assert_alike(got: Tensor, want: Tensor, rounding: float = 0.0) -> None:
     torch.testing.assert_close(got.cpu().float(), want.float(), rtol=2 * eps, atol=tolerance)
 
 
-def reference(args: Arguments) -> Tensor:
-    return operator.reference(*args, args.dtype)
+def reference(args: Arguments, format: str = "int") -> Tensor:
+    return operator.reference(*args, args.dtype, format=format)
 
 
 @few_examples
@@ -91,6 +98,7 @@ def reference(args: Arguments) -> Tensor:
     st.sampled_from([1, 40, 70, 130]),
     layouts,
     dtypes,
+    formats,
     st.booleans(),
     st.booleans(),
     st.sampled_from([torch.bfloat16, torch.float16]),
@@ -101,58 +109,69 @@ def test_kernel_agrees_with_the_reference(
     N: int,
     layout: GroupLayout,
     dtype: torch.dtype,
+    format: str,
     symmetric: bool,
     extras: bool,
     scale_dtype: torch.dtype,
     seed: int,
 ) -> None:
+    assume(layout.group_size >= operator.least_group_size(format))
     torch.manual_seed(seed)
-    args = arguments(
-        (2, tokens), N, layout, dtype, symmetric=symmetric, extras=extras, scale_dtype=scale_dtype
-    )
+    named: dict[str, Any] = {"extras": extras, "scale_dtype": scale_dtype, "format": format}
+    args = arguments((2, tokens), N, layout, dtype, symmetric=symmetric, **named)
     with poisoned_memory():
-        got = operator.launch(*args.to(kernel_device()), dtype)
-    assert_alike(got, reference(args))
+        got = operator.launch(*args.to(kernel_device()), dtype, format=format)
+    assert_alike(got, reference(args, format))
 
 
 @few_examples
-@given(st.sampled_from([1, 70]), layouts, dtypes, st.booleans(), seeds)
+@given(st.sampled_from([1, 70]), layouts, dtypes, formats, st.booleans(), seeds)
 def test_many_tokens_read_the_weight_in_their_own_dtype(
-    N: int, layout: GroupLayout, dtype: torch.dtype, symmetric: bool, seed: int
+    N: int, layout: GroupLayout, dtype: torch.dtype, format: str, symmetric: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    args = arguments((3,), N, layout, dtype, symmetric=symmetric, extras=True)
+    args = arguments((3,), N, layout, dtype, symmetric=symmetric, extras=True, format=format)
     with poisoned_memory():
-        got = MULTIPLY_DENSE(*args.to(kernel_device()))
-    dense = dequantize_weight(GroupedWeight(*args[1:4]), layout).to(dtype)
+        got = MULTIPLY_DENSE(*args.to(kernel_device()), format=format)
+    dense = dequantize_weight(GroupedWeight(*args[1:5]), layout, format).to(dtype)
     assert args.bias is not None and args.residual is not None
     want = F.linear(args.x.float(), dense.float(), args.bias.float()).to(dtype) + args.residual
     assert_alike(got, want)
-    assert_alike(got, reference(args), rounding=torch.finfo(dtype).eps)
+    assert_alike(got, reference(args, format), rounding=torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("tiling", [Tiling(64, 16, 2), Tiling(32, 32, 3), Tiling(128, 64, 1)])
-@pytest.mark.parametrize("group_size", [32, 128, 512])
-def test_kernel_in_other_tilings(tiling: Tiling, group_size: int) -> None:
+@pytest.mark.parametrize(
+    ("format", "group_size"),
+    [("int", 32), ("int", 128), ("int", 512), ("e2m2", 512), ("e2m3", 64), ("e3m2", 512)],
+)
+def test_kernel_in_other_tilings(tiling: Tiling, format: str, group_size: int) -> None:
     layout = GroupLayout(2 * 512 + 100, group_size, 0)
-    args = arguments((35,), 150, layout, symmetric=False, extras=True)
+    args = arguments((35,), 150, layout, symmetric=False, extras=True, format=format)
     with poisoned_memory():
-        got = operator.multiply_packed(*args.to(kernel_device()), tiling)
-    assert_alike(got, reference(args))
+        got = operator.multiply_packed(*args.to(kernel_device()), tiling, format=format)
+    assert_alike(got, reference(args, format))
 
 
-def test_rows_of_a_larger_weight() -> None:
+@pytest.mark.parametrize("format", ["int", "e2m3"])
+def test_rows_of_a_larger_weight(format: str) -> None:
     """What several linears read of a weight that they share."""
-    args = arguments((5,), 70, GroupLayout(344, 64, 0), symmetric=False)
-    part = args._replace(**{name: getattr(args, name)[:, 20:50] for name in GroupedWeight._fields})
-    want = reference(args)[:, 20:50]
-    assert_alike(reference(part), want)
-    moved = args.to(kernel_device())
-    part = moved._replace(
-        **{name: getattr(moved, name)[:, 20:50] for name in GroupedWeight._fields}
-    )
-    for got in (operator.launch(*part, args.dtype), MULTIPLY_DENSE(*part)):
+    args = arguments((5,), 70, GroupLayout(344, 64, 0), symmetric=False, format=format)
+    want = reference(args, format)[:, 20:50]
+    assert_alike(reference(_rows_20_to_50(args), format), want)
+    part = _rows_20_to_50(args.to(kernel_device()))
+    for got in (
+        operator.launch(*part, args.dtype, format=format),
+        MULTIPLY_DENSE(*part, format=format),
+    ):
         assert_alike(got, want)
+
+
+def _rows_20_to_50(args: Arguments) -> Arguments:
+    weight = {name: getattr(args, name) for name in GroupedWeight._fields}
+    return args._replace(
+        **{name: one[:, 20:50] for name, one in weight.items() if one is not None}
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,15 +188,39 @@ def test_every_code_and_zero_point_is_exact(dtype: torch.dtype) -> None:
     assert torch.equal(operator.reference(*given, None, None, dtype), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("group_size", [128, 256])
+def test_every_floating_point_code_is_exact(
+    dtype: torch.dtype, format: str, group_size: int
+) -> None:
+    """In every place of a group there may be: row n begins with code n."""
+    values = torch.tensor(FORMATS[format].values())
+    codes = torch.arange(len(values))[:, None] + torch.arange(2 * group_size)
+    codes = (codes % len(values)).to(torch.uint8).unflatten(1, (2, group_size))
+    ones, no_outliers = torch.ones(len(codes), 2), torch.empty(len(codes), 0)
+    packed = pack_float_codes(codes, ones, no_outliers, ones[:, 0], FORMATS[format])
+    given = torch.eye(2 * group_size, dtype=dtype), *without_outliers(packed)
+    want = values[codes.long()].flatten(1).t().to(dtype)
+    args = Arguments(*given, None, None)
+    assert torch.equal(reference(args, format), want)
+    args = args.to(kernel_device())
+    tiling = Tiling(64, 32, 1)
+    assert torch.equal(operator.multiply_packed(*args, tiling, format=format).cpu(), want)
+    assert torch.equal(MULTIPLY_DENSE(*args, format=format).cpu(), want)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("channel", [0, 343])
-def test_a_poisoned_token_poisons_its_own_row(poison: float, channel: int) -> None:
+@pytest.mark.parametrize("format", ["int", "e2m2"])
+def test_a_poisoned_token_poisons_its_own_row(poison: float, channel: int, format: str) -> None:
     layout = GroupLayout(344, 128, 0)
-    args = arguments((3,), 70, layout, symmetric=False)
-    clean = reference(args)
+    args = arguments((3,), 70, layout, symmetric=False, format=format)
+    clean = reference(args, format)
     args.x[1, channel] = poison
-    for out in (reference(args), operator.launch(*args.to(kernel_device()), args.dtype).cpu()):
+    launched = operator.launch(*args.to(kernel_device()), args.dtype, format=format).cpu()
+    for out in (reference(args, format), launched):
         assert not out[1].isfinite().any()
         torch.testing.assert_close(out[::2], clean[::2], rtol=1e-5, atol=1e-4)
 
@@ -200,10 +243,11 @@ def test_residual_broadcasts_and_may_be_strided(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_operator_passes_opcheck(dtype: torch.dtype, symmetric: bool) -> None:
-    args = arguments((2, 3), 40, GroupLayout(344, 128, 0), dtype, symmetric=symmetric, extras=True)
-    torch.library.opcheck(torch.ops.atom.weight_only_linear.default, (*args, dtype))
+@pytest.mark.parametrize(("format", "symmetric"), [("int", True), ("int", False), ("e2m3", True)])
+def test_operator_passes_opcheck(dtype: torch.dtype, format: str, symmetric: bool) -> None:
+    layout, named = GroupLayout(344, 128, 0), {"format": format}
+    args = arguments((2, 3), 40, layout, dtype, symmetric=symmetric, extras=True, format=format)
+    torch.library.opcheck(torch.ops.atom.weight_only_linear.default, (*args, dtype), named)
 
 
 def test_paths_by_tokens() -> None:
@@ -217,19 +261,22 @@ def test_paths_by_tokens() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("format", "symmetric"), [("int", True), ("int", False), *((name, True) for name in FORMATS)]
+)
 @pytest.mark.parametrize("M", [1, 16, 17, 64, 200, 300])
 @pytest.mark.parametrize(("N", "K", "group_size"), [(4096, 14336, 128), (6144, 4100, 32)])
 def test_kernel_on_real_shapes(
-    M: int, N: int, K: int, group_size: int, dtype: torch.dtype, symmetric: bool
+    M: int, N: int, K: int, group_size: int, dtype: torch.dtype, format: str, symmetric: bool
 ) -> None:
     device = torch.device("cuda")
-    layout = GroupLayout(K, group_size, 0)
-    args = arguments((M,), N, layout, dtype, symmetric=symmetric, extras=True, device=device)
+    layout = GroupLayout(K, max(group_size, operator.least_group_size(format)), 0)
+    named: dict[str, Any] = {"extras": True, "device": device, "format": format}
+    args = arguments((M,), N, layout, dtype, symmetric=symmetric, **named)
     with poisoned_memory():
-        got = operator.launch(*args, dtype)
+        got = operator.launch(*args, dtype, format=format)
     # many tokens read weights that were rounded to the dtype
-    assert_alike(got, reference(args).cpu(), rounding=torch.finfo(dtype).eps)
+    assert_alike(got, reference(args, format).cpu(), rounding=torch.finfo(dtype).eps)
 
 
 @pytest.mark.gpu
