@@ -424,7 +424,12 @@ _LEAST_DEPTH = 16  # of a product of tiles
 
 @functools.lru_cache(maxsize=4096)
 def choose_tiling(
-    M: int, N: int, num_groups: int, dtype: torch.dtype, device: torch.device
+    M: int,
+    N: int,
+    num_groups: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    format: str = "int",
 ) -> Tiling | None:
     """How `weight_only_kernel` cuts the product; None where dequantizing should be faster."""
     if M > _MOST_TOKENS:
@@ -433,10 +438,12 @@ def choose_tiling(
     # two warps multiply by mma.sync, on Hopper too, which takes its weights by whole words: a third
     # fewer instructions than with wgmma at 8 tokens, as many at 32, a third more at 64
     few = tiling.block_m <= 16
+    # but tiles as narrow as a quarter of a group Triton then unpacks in other threads
+    two_warps = few and _num_parts(*_bits(format)) < 4
     # what the shared memory of every GPU since sm_80 holds
     block_m = min(tiling.block_m, 128 if dtype.itemsize == 2 else 32)
     stages = 4 if few else 3 if block_m <= 64 else 2
-    return Tiling(64, block_m, tiling.split_k, 2 if few else 4, stages)
+    return Tiling(64, block_m, tiling.split_k, 2 if two_warps else 4, stages)
 
 
 @functools.cache
@@ -460,8 +467,7 @@ def describe(M: int, N: int, layout: GroupLayout, dtype: torch.dtype, device: to
 
 def least_group_size(format: str) -> int:
     """What the kernel can multiply by: a group's part is at least as deep as a product of tiles."""
-    exponent_bits, mantissa_bits = _bits(format)
-    return 2 * _LEAST_DEPTH * int(_num_parts(exponent_bits, mantissa_bits))
+    return 2 * _LEAST_DEPTH * int(_num_parts(*_bits(format)))
 
 
 def _bits(format: str) -> tuple[int, int]:
@@ -489,7 +495,7 @@ def launch(
     M = x.numel() // x.shape[-1]
     if M == 0:
         return x.new_empty(*x.shape[:-1], N)
-    tiling = choose_tiling(M, N, num_groups, dtype, x.device)
+    tiling = choose_tiling(M, N, num_groups, dtype, x.device, format)
     arguments = (x, weight, weight_scale, zero_point, high_bits, bias, residual)
     if tiling is None:
         return multiply_dense(*arguments, format=format)
@@ -517,7 +523,7 @@ def multiply_packed(
         residual = residual.expand(out.shape).contiguous()
     tiles, partial, arrivals = split_buffers(out, tiling)
     exponent_bits, mantissa_bits = _bits(format)
-    parts = 1 if high_bits is None else half_group // high_bits.shape[2]
+    parts = _num_parts(exponent_bits, mantissa_bits)
     weight_only_kernel[(tiles, tiling.split_k)](
         x,
         weight,
