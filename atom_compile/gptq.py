@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.formats import FloatFormat, IntFormat
+from .kernels.formats import FORMATS, FloatFormat, IntFormat
 from .kernels.packing import (
     FLOAT_CLIPS,
     OUTLIER_BITS,
@@ -34,6 +34,7 @@ from .kernels.packing import (
     pack_float_codes,
     two_level_codes,
     two_level_row_scale,
+    without_outliers,
 )
 
 WEIGHT_CLIPS = tuple(round(1.0 - 0.05 * step, 2) for step in range(11))
@@ -85,23 +86,28 @@ def round_weight(
     clips: Sequence[float] = WEIGHT_CLIPS,
     weight_only: bool = False,
     symmetric: bool = True,
+    format: str = "int",
 ) -> Rounded:
     """weight (N, K) in channel order, hessian (K, K) of its quantized input, in that order too.
 
     clips: the candidates of each group's clip; the best for the output is taken, row by row.
-    weight_only, symmetric: the kind of weight that results, as in `PackedLinear`.
+    weight_only, symmetric, format: the kind of weight that results, as in `PackedLinear`. One of a
+    floating-point format has its own bits and clips.
     """
-    format = IntFormat(bits)
+    if format != "int":
+        rounded, note = round_float_weight(weight, hessian, layout, FORMATS[format])
+        return Rounded(without_outliers(rounded), note)
+    integers = IntFormat(bits)
     factor, importance, note = _error_factor(hessian.float())
     if weight_only:
         zero_points: list[Tensor] = []
 
         def grid_of(block_KN: Tensor, importance: Tensor) -> _Grid:
             if symmetric:
-                return _best_grid(block_KN, format, clips, importance)
-            scale, zero_point = _best_affine_grid(block_KN, format, clips, importance)
+                return _best_grid(block_KN, integers, clips, importance)
+            scale, zero_point = _best_affine_grid(block_KN, integers, clips, importance)
             zero_points.append(zero_point)
-            return _Grid(scale, format, zero_point)
+            return _Grid(scale, integers, zero_point)
 
         codes, scale, *_ = _round_blocks(weight, factor, importance, layout, grid_of)
         zero_point = None if symmetric else torch.stack(zero_points, 1)
@@ -109,14 +115,15 @@ def round_weight(
     if not layout.per_token:
 
         def best(block_KN: Tensor, importance: Tensor) -> _Grid:
-            return _best_grid(block_KN, format, clips, importance)
+            return _best_grid(block_KN, integers, clips, importance)
 
         return Rounded(pack_codes(*_round_blocks(weight, factor, importance, layout, best)), note)
     # later columns take in errors, but their rows' largest magnitudes hardly change
     row_scale = two_level_row_scale(layout.split(weight.float())[0])
 
     def multiple(block_KN: Tensor, importance: Tensor) -> _Grid:
-        return _Grid(best_group_scales(block_KN.t()[:, None], row_scale)[:, 0] * row_scale, format)
+        scale = best_group_scales(block_KN.t()[:, None], row_scale)[:, 0] * row_scale
+        return _Grid(scale, integers)
 
     codes, scale, *outliers = _round_blocks(weight, factor, importance, layout, multiple)
     group_scale = (scale / row_scale[:, None]).round()

@@ -60,6 +60,11 @@ class Options:
         given["scheme"] = _scheme(given.get("scheme"), given["recipe"])
         if given["recipe"] is not None:
             given["recipe"] = given["recipe"].for_scheme(given["scheme"])
+        if given.get("include_embeddings") and given["scheme"].weight_format != "int":
+            raise OptionError(
+                "option include_embeddings packs tables in INT4, and the scheme's weight_format is "
+                f"{given['scheme'].weight_format!r}: leave one of them out"
+            )
         given["skip"] = _patterns(given.get("skip", ()))
         for name, default in ((one.name, one.default) for one in fields(cls)):
             if isinstance(default, bool) and not isinstance(given.get(name, default), bool):

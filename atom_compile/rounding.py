@@ -103,7 +103,7 @@ class Rounder:
     def _to_dense(self, name: str) -> Tensor:
         transform = self._transforms[name]
         packed = to_device(self._rounded[name].packed, transform.order.device)
-        return dequantize_weight(packed, transform.layout)
+        return dequantize_weight(packed, transform.layout, self._scheme.weight_format)
 
     def _quantize(
         self,
@@ -172,6 +172,7 @@ class Rounder:
             self._scheme.weight_bits,
             weight_only=weight_only,
             symmetric=self._scheme.symmetric,
+            format=self._scheme.weight_format,
         )
         del hessian, fitted
         sample = _sample(work.xs, work.transform)
@@ -181,7 +182,7 @@ class Rounder:
         largest = 0.0
         for name, weight, rows in zip(work.names, work.weights, parts, strict=True):
             packed, exact = select_rows(all_packed, rows), together[rows]
-            self._dense[name] = dequantize_weight(packed, layout)
+            self._dense[name] = dequantize_weight(packed, layout, self._scheme.weight_format)
             wanted = F.linear(sample, exact)
             noise = F.linear(rounded_sample, self._dense[name]) - wanted
             error = float(noise.square().sum() / wanted.square().sum().clamp(min=1e-30))

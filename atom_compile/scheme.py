@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import OptionError, unknown
+from .kernels.formats import FORMATS
 from .kernels.packing import GroupLayout
+from .kernels.weight_only_linear import least_group_size
 
 # the kernels' tiles; float32 holds a group's sum exactly up to 1024
 _GROUP_SIZES = (64, 128, 256, 512, 1024)
@@ -20,10 +22,12 @@ _LEAST_SHARE = 6
 class Scheme:
     """How linears are quantized. Source: Atom (arXiv 2310.19102), section 4.
 
-    weight_bits: 2 to 4, symmetric, one scale per output row and `group_size` input channels.
+    weight_bits: 2 to 4, symmetric, one scale per output row and `group_size` input channels; of
+        another `weight_format` as many as it has.
     activation_bits: 2 to 8, symmetric, one scale per token and group, found at run time. Or 16:
         activations stay as they are (W4A16, weight-only); `activation_clip` is then not read.
-    group_size: 64, 128, 256, 512 or 1024 channels; with 16-bit activations 32 as well.
+    group_size: 64, 128, 256, 512 or 1024 channels; with 16-bit activations 32 as well, but weights
+        of 6 bits need at least 64 and of 5 bits 128.
     outlier_channels: this many input channels of the largest magnitude are INT8 in weight and
         activation. A narrow layer takes fewer (see `layout`); 0 turns outlier channels off.
     weight_clip, activation_clip: the share of a group's largest magnitude that the grid spans, in
@@ -46,6 +50,9 @@ class Scheme:
         rounds the most important ones first and groups hold alike ones; at the price of a reorder
         of each linear's input. Otherwise their channels stay as they are. Source: the authors' code
         of GPTQ (arXiv 2210.17323), where it has this name.
+    weight_format: "int", or a floating-point format of kernels/formats.py: "e3m2" or "e2m3" of 6
+        bits, "e2m2" of 5, "e2m1" of 4 (FP4). Its clips are searched for; `weight_clip` is not read.
+        Needs 16-bit activations. Source: FP6-LLM (arXiv 2401.14112).
     """
 
     weight_bits: int = 4
@@ -59,9 +66,10 @@ class Scheme:
     two_level: bool = False
     symmetric: bool = True
     act_order: bool = False
+    weight_format: str = "int"
 
     def __post_init__(self) -> None:
-        if self.weight_bits not in range(2, 5):
+        if self.weight_format == "int" and self.weight_bits not in range(2, 5):
             raise OptionError(f"weight_bits is {self.weight_bits}; INT4 storage holds 2, 3 or 4")
         if self.activation_bits not in (*range(2, 9), 16):
             raise OptionError(
@@ -86,6 +94,29 @@ class Scheme:
         self._check_rotation()
         self._check_two_level()
         self._check_weight_only()
+        if self.weight_format != "int":
+            self._check_weight_format()
+
+    def _check_weight_format(self) -> None:
+        name = self.weight_format
+        if name not in FORMATS:
+            raise OptionError(unknown("weight_format", name, ["int", *FORMATS]))
+        bits, least = FORMATS[name].bits, least_group_size(name)
+        if self.activation_bits != 16:
+            raise OptionError(
+                f"weight_format={name!r} needs activation_bits=16; it is {self.activation_bits}"
+            )
+        if self.weight_bits != bits:
+            raise OptionError(
+                f"weight_bits is {self.weight_bits}; with weight_format={name!r} it must be {bits}"
+            )
+        if self.group_size < least:
+            raise OptionError(
+                f"group_size is {self.group_size}; with weight_format={name!r} it must be at least "
+                f"{least}"
+            )
+        if not self.symmetric:
+            raise OptionError(f"symmetric=False: weight_format={name!r} has no zero points")
 
     def _check_two_level(self) -> None:
         if self.two_level and (self.weight_bits, self.activation_bits) != (4, 8):
@@ -132,6 +163,8 @@ class Scheme:
         `w4a8-two-level`: one scale a token, so that sums stay integers; rotated, since what is
         large among so many channels would leave the others few codes.
         `w4a16`: weights alone, in 4 bits, as GPTQ and AWQ do.
+        `w6a16`, `w5a16`, `w4a16-fp4`: weights alone, in floating point of 6 (E2M3), 5 (E2M2) and 4
+            bits (E2M1). `w6a16-e3m2`: in the 6 bits of FP6-LLM.
         """
         if name not in PRESETS:
             raise OptionError(unknown("scheme", name, PRESETS))
@@ -153,6 +186,17 @@ class Scheme:
         return max(0, blocks - int(layout.outlier_channels > 0))
 
 
+def _floating_point(name: str) -> Scheme:
+    return Scheme(
+        weight_bits=FORMATS[name].bits,
+        activation_bits=16,
+        outlier_channels=0,
+        weight_clip=1.0,
+        activation_clip=1.0,
+        weight_format=name,
+    )
+
+
 PRESETS = {
     "w4a4": Scheme(),
     # at most a quarter of the blocks in INT8, the outliers among them
@@ -166,6 +210,11 @@ PRESETS = {
     "w4a8-two-level": Scheme(activation_bits=8, activation_clip=1.0, rotation=128, two_level=True),
     # of prose-llama-25m, rounded to nearest, 0.85 leaves the least divergence
     "w4a16": Scheme(activation_bits=16, outlier_channels=0, activation_clip=1.0, weight_clip=0.85),
+    # in groups of 128, E2M3 leaves a third of the divergence of E3M2 (benchmarks/formats.py)
+    "w6a16": _floating_point("e2m3"),
+    "w6a16-e3m2": _floating_point("e3m2"),
+    "w5a16": _floating_point("e2m2"),
+    "w4a16-fp4": _floating_point("e2m1"),
 }
 
 

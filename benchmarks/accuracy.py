@@ -32,10 +32,10 @@ import atom_compile
 from atom_compile import KVCache, Scheme, compat
 from atom_compile.backend import atom
 from atom_compile.evaluate import text_windows
+from atom_compile.scheme import PRESETS
 
 WINDOWS, LENGTH, BATCH = 24, 512, 6
-PRESETS = "w4a4", "w4a4-rotated", "w4ax", "w4ax-rotated", "w4a8", "w4a8-two-level", "w4a16"
-SCHEMES = {name: Scheme.preset(name) for name in PRESETS} | {
+SCHEMES = PRESETS | {
     "w4a16-asymmetric": replace(Scheme.preset("w4a16"), symmetric=False),
     "w3a3": Scheme(weight_bits=3, activation_bits=3),
     "w3a3-rotated": Scheme(weight_bits=3, activation_bits=3, rotation=128),
@@ -65,6 +65,10 @@ ROWS = [
     Row("w4a8-two-level", True),
     Row("w4a16", True),
     Row("w4a16-asymmetric", True),
+    Row("w4a16-fp4", True),
+    Row("w5a16", True),
+    Row("w6a16", True),
+    Row("w6a16-e3m2", True),
     Row("w3a3", True),
     Row("w3a3-rotated", True),
     Row("w4a4", False),
@@ -72,6 +76,10 @@ ROWS = [
     Row("w4a8", False),
     Row("w4a8-two-level", False),
     Row("w4a16", False),
+    Row("w4a16-fp4", False),
+    Row("w5a16", False),
+    Row("w6a16", False),
+    Row("w6a16-e3m2", False),
     Row("w3a3", False),
 ]
 

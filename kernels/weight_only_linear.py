@@ -8,14 +8,10 @@ them as they are and the scale goes to a group's sum: no weight is rounded, and 
 float32. Only for many tokens, where unpacking for every tile of them would cost more than it saves,
 the whole weight is dequantized first, to `dtype`, and PyTorch multiplies.
 
-The bits of a floating-point code are moved to where the wider format has them (formats.py). What is
-beyond four bits lies in `high_bits`; a byte of it serves several bytes of `weight`, its *parts*:
-
-    byte of high_bits      p                       its bits for part r, bits - 4 = b of them:
-    bytes of weight        p, P + p, 2 P + p, ...      lower code from b * r on, upper code 4 further
-
-A step multiplies part by part, all of them tiles of P bytes of a row: they are laid out alike over
-the threads, so the byte of `high_bits` is where each is unpacked.
+The bits of a floating-point code are moved to where the wider format has them (formats.py). Those
+beyond four lie in `high_bits`, P bytes for a row of a group, each shared by bytes of `weight` that
+are P apart (packing.py). So the kernels cut a row of a group into *parts* of P bytes: as tiles of
+one shape they are spread over the threads alike, and each code meets its other bits.
 
 Sources: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978) for the numbers; for turning codes into
 16-bit floats by their exponent Kim et al., "Who Says Elephants Can't Run" (arXiv 2211.10017); for
@@ -34,9 +30,9 @@ from torch import Tensor
 
 from . import linear
 from .devices import multiprocessors
+from .formats import FORMATS
 from .library import define
 from .linear import Tiling, split_buffers, store_tile, tile_in_band
-from .formats import FORMATS
 from .packing import GroupedWeight, GroupLayout, dequantize_weight
 
 
@@ -193,7 +189,7 @@ def _place(codes, DTYPE: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BIT
     WIDTH: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS
     magnitude = (codes & ((1 << WIDTH) - 1)) << (10 - MANTISSA_BITS)
     placed = ((codes >> WIDTH) << 15 | magnitude).to(tl.int16).to(tl.float16, bitcast=True)
-    if DTYPE != tl.float16:
+    if not DTYPE.is_fp16():
         placed = (placed.to(tl.float32) * _power_of_gap(EXPONENT_BITS, 15)).to(DTYPE)
     return placed
 
@@ -215,7 +211,7 @@ def to_values(
     int8, each read only by formats that have it. Two tiles (N, J) of DTYPE, exact, but float16 of a
     floating-point format is 2^-gap of it; nothing moves between threads. PACK: so many bytes of a
     row lie side by side in a thread, 2 for Hopper's products of four warps and 4 for all others; 0
-    for no PTX at all. EXPONENT_BITS: 0 for INT4. PART: see the module's docstring.
+    for no PTX at all. EXPONENT_BITS: 0 for INT4. PART: which of the parts it is.
     """
     packed = packed.to(tl.int8, bitcast=True)
     high_bits = high_bits.to(tl.int8, bitcast=True)

@@ -186,8 +186,9 @@ def operands_of(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 class PackedLinear:
     """Packed weight (up to five tensors, see packing.py) and bias of the linears in one product.
 
-    Its `operator` is the one of PRODUCTS that multiplies by it. weight_only: activations stay in 16
-    bits. symmetric: no zero points; only such a weight may have them.
+    Its `operator` is the one of PRODUCTS that multiplies by it, with the keywords `named` beside
+    the operands. weight_only: activations stay in 16 bits. symmetric, format: as `pack_grouped` has
+    them, for such a weight alone.
     """
 
     parts: tuple[LinearPart, ...]
@@ -196,6 +197,7 @@ class PackedLinear:
     clip: float
     weight_only: bool = False
     symmetric: bool = True
+    format: str = "int"
 
     @property
     def sources(self) -> tuple[Node, ...]:
@@ -214,6 +216,10 @@ class PackedLinear:
         return two_level_linear if self.layout.per_token else linear
 
     @property
+    def named(self) -> dict[str, str]:
+        return {} if self.format == "int" else {"format": self.format}
+
+    @property
     def has_bias(self) -> bool:
         return any(part.bias is not None for part in self.parts)
 
@@ -230,7 +236,7 @@ class PackedLinear:
             )
             for part in self.parts
         )
-        numbers = self.bits, self.clip, self.weight_only, self.symmetric
+        numbers = self.bits, self.clip, self.weight_only, self.symmetric, self.format
         return "linear", parts, self.transform.signature(), numbers
 
     def compute(self, tensors: Mapping[Node, Tensor]) -> tuple[Tensor | None, ...]:
@@ -254,7 +260,8 @@ class PackedLinear:
     def _round(self, weight: Tensor, tensors: Mapping[Node, Tensor]) -> AnyWeight:
         columns = self.transform.apply(weight, tensors)
         if self.weight_only:
-            return pack_grouped(columns, self.layout, self.bits, self.clip, self.symmetric)
+            numbers = self.bits, self.clip, self.symmetric, self.format
+            return pack_grouped(columns, self.layout, *numbers)
         if self.layout.per_token:
             return pack_two_level(columns, self.layout)
         return pack_weight(columns, self.layout, self.bits, self.clip)

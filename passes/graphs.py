@@ -53,14 +53,19 @@ def fake_mode(graph: Graph) -> FakeTensorMode:
     raise ValueError("the graph has no tensors")
 
 
-def call(graph: Graph, target: Callable[..., Any], args: tuple[Any, ...], like: Node) -> Node:
-    """A new node at the insertion point, with its fake value and `like`'s place in the model."""
-    node = graph.call_function(target, args)
+def call(
+    graph: Graph, target: Callable[..., Any], args: tuple[Any, ...], like: Node, **named: Any
+) -> Node:
+    """A new node at the insertion point, with its fake value and `like`'s place in the model.
+
+    named: keyword arguments, constants all.
+    """
+    node = graph.call_function(target, args, named)
     for key in ("nn_module_stack", "source_fn_stack", "stack_trace"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
     with fake_mode(graph), torch.no_grad():
-        node.meta["example_value"] = target(*torch.fx.map_arg(args, value))
+        node.meta["example_value"] = target(*torch.fx.map_arg(args, value), **named)
     return node
 
 

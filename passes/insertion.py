@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..kernels.packing import GroupLayout
+from ..kernels.packing import GroupLayout, high_bytes
 from ..kernels.quantize import quantize
 from ..kernels.reorder import reorder
 from ..kernels.rotate import rotate
@@ -36,7 +36,7 @@ def insert_quantization(
     or atom.two_level_linear, if the scheme says so. If it leaves activations in 16 bits:
 
       ->  r = atom.reorder(x, order)                only for GPTQ's act-order
-          y = atom.weight_only_linear(r, *packed_weight, bias, None, dtype)
+          y = atom.weight_only_linear(r, *packed_weight, bias, None, dtype, format=...)
     """
     replaced: dict[Node, Node] = {}  # a linear may read another one directly
     for plan in planned:
@@ -54,7 +54,13 @@ def _insert(
     part = LinearPart(weight, found.bias, found.out_features)
     weight_only = scheme.activation_bits == 16
     packed = PackedLinear(
-        (part,), transform, scheme.weight_bits, scheme.weight_clip, weight_only, scheme.symmetric
+        (part,),
+        transform,
+        scheme.weight_bits,
+        scheme.weight_clip,
+        weight_only,
+        scheme.symmetric,
+        scheme.weight_format,
     )
     order_node = None if transform.order.kept else order_placeholder(graph, transform.order)
     weight_nodes = weight_placeholders(graph, packed)
@@ -65,7 +71,7 @@ def _insert(
         if not weight_only:
             activation = _quantized(graph, plan, activation[0], transform, scheme)
         operands = (*activation, *weight_nodes, None, value(found.node).dtype)
-        product = call(graph, packed.operator, operands, like=found.node)
+        product = call(graph, packed.operator, operands, like=found.node, **packed.named)
     found.node.replace_all_uses_with(product)
     graph.erase_node(found.node)
     product.meta["atom_packed"] = packed
@@ -125,6 +131,8 @@ def weight_placeholders(graph: Graph, packed: PackedLinear) -> list[Node | None]
         if packed.weight_only:
             has_zero_point = not packed.symmetric
             fakes["zero_point"] = empty(G, N, dtype=torch.int8) if has_zero_point else None
+            P = high_bytes(layout.group_size, packed.format)
+            fakes["high_bits"] = empty(G, N, P, dtype=torch.uint8) if P else None
         else:
             fakes["outlier_weight"] = empty(N, layout.outlier_channels, dtype=torch.int8)
             fakes["outlier_scale"] = empty(N, dtype=torch.float32)

@@ -46,7 +46,13 @@ def _fuse(node: Node, product: Node, residual: Node, record: Record) -> None:
     *operands, _, dtype = product.args
     with node.graph.inserting_before(node):
         packed: PackedLinear = product.meta["atom_packed"]
-        fused = call(node.graph, packed.operator, (*operands, residual, dtype), like=product)
+        fused = call(
+            node.graph,
+            packed.operator,
+            (*operands, residual, dtype),
+            like=product,
+            **packed.named,
+        )
     fused.meta["atom_packed"] = packed
     node.replace_all_uses_with(fused)
     node.graph.erase_node(node)

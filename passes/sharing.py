@@ -71,7 +71,7 @@ def _merge(graph: Graph, nodes: list[Node], record: Record) -> None:
     weight_nodes = weight_placeholders(graph, merged)
     with graph.inserting_before(nodes[0]):
         operands = (*activation, *weight_nodes, residual, dtype)
-        product = call(graph, merged.operator, operands, like=nodes[0])
+        product = call(graph, merged.operator, operands, like=nodes[0], **merged.named)
         product.meta["atom_packed"] = merged
         start = 0
         for index, (node, part) in enumerate(zip(nodes, parts, strict=True)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from atom_compile.cli import app
@@ -21,9 +22,10 @@ def test_every_operator_has_a_row(tmp_path: Path) -> None:
     assert all(row["operator_us"] > 0 and row["launcher_us"] is None for row in rows)
 
 
-def test_weight_only_linears_quantize_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["w4a16", "w6a16"])
+def test_weight_only_linears_quantize_nothing(scheme: str, tmp_path: Path) -> None:
     arguments = ["bench", "--level", "overhead", "--device", "cpu", "--quick", "--json"]
-    result = CliRunner().invoke(app, [*arguments, "--scheme", "w4a16", "--out", str(tmp_path)])
+    result = CliRunner().invoke(app, [*arguments, "--scheme", scheme, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     operators = [row["op"] for row in json.loads(result.stdout)["rows"]]
     assert operators == ["weight_only_linear", "F.linear", "torch.add"]

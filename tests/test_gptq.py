@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atom_compile.gptq import fit_weight, round_float_weight, round_weight
-from atom_compile.kernels.formats import E2M1, E2M2, E2M3, E3M2, FloatFormat
+from atom_compile.kernels.formats import E2M1, E2M2, E2M3, E3M2, FORMATS, FloatFormat
 from atom_compile.kernels.packing import (
     GroupLayout,
     dequantize_float_weight,
@@ -90,6 +90,17 @@ def test_without_correlations_floating_point_codes_are_the_nearest(per_token: bo
     packed, _ = round_float_weight(weight, torch.eye(256), layout, E3M2)
     for got, want in zip(packed, pack_float_weight(weight, layout, E3M2), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_alone_have_no_outliers(format: str) -> None:
+    layout = GroupLayout(344, 128, 0)
+    weight, x = torch.randn(8, 344), correlated(1024, 344)
+    hessian = x.t() @ x / len(x)
+    packed, _ = round_weight(weight, hessian, layout, 0, weight_only=True, format=format)
+    want, _ = round_float_weight(weight, hessian, layout, FORMATS[format])
+    got = dequantize_weight(packed, layout, format)
+    assert torch.equal(got, dequantize_float_weight(want, layout, FORMATS[format]))
 
 
 def test_codes_belong_to_the_scales_that_are_stored() -> None:

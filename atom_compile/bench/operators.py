@@ -94,8 +94,8 @@ def _linear_cases(setting: Setting, op: str, N: int, K: int) -> Iterator[Case]:
     def packed(index: int) -> AnyWeight:
         weight = setting.weight_draw(index).normal(N, K)
         if weight_only:
-            bits, clip = scheme.weight_bits, scheme.weight_clip
-            return pack_grouped(weight, layout, bits, clip, scheme.symmetric)
+            numbers = scheme.weight_bits, scheme.weight_clip, scheme.symmetric
+            return pack_grouped(weight, layout, *numbers, scheme.weight_format)
         if layout.per_token:
             return pack_two_level(weight, layout)
         return pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
@@ -133,11 +133,12 @@ def _weight_only_case(
     setting: Setting, op: str, M: int, N: int, K: int, packed: Callable[[int], AnyWeight]
 ) -> list[Case]:
     dtype, layout = setting.dtype, setting.scheme.layout(K)
+    format = setting.scheme.weight_format
     checked = checked_tokens(setting, M)
 
     def reference(x: Tensor, *packed: Tensor | None) -> Tensor:
         arguments: tuple[Any, ...] = (x[checked], *packed, None, None, dtype)
-        out: Tensor = weight_only_linear.reference(*arguments)
+        out: Tensor = weight_only_linear.reference(*arguments, format=format)
         return out
 
     return [
@@ -146,7 +147,7 @@ def _weight_only_case(
             runs="atom.weight_only_linear",
             inputs=lambda draw: (draw.normal(M, K), *packed(draw.index)),
             function=lambda *inputs: weight_only_linear.weight_only_linear(
-                *inputs, None, None, dtype
+                *inputs, None, None, dtype, format=format
             ),
             reference=reference,
             flops=2 * M * N * K,

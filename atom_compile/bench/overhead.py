@@ -9,6 +9,7 @@ longer than a sample. On a CPU both are the references, and the time is that of 
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import statistics
@@ -143,10 +144,12 @@ def _calls(setting: Setting) -> list[_Call]:
         _Call("torch.add", torch.add, None, (x, up)),
     ]
     if bits == 16:
-        grouped = pack_grouped(weight, layout, scheme.weight_bits, scheme.weight_clip)
-        operator, launcher = weight_only_linear.weight_only_linear, weight_only_linear.launch
-        arguments = x, *grouped, None, None, dtype
-        return [_Call("weight_only_linear", operator, launcher, arguments), *others]
+        format = scheme.weight_format
+        weights = scheme.weight_bits, scheme.weight_clip, scheme.symmetric, format
+        arguments = x, *pack_grouped(weight, layout, *weights), None, None, dtype
+        ours = functools.partial(weight_only_linear.weight_only_linear, format=format)
+        launcher = functools.partial(weight_only_linear.launch, format=format)
+        return [_Call("weight_only_linear", ours, launcher, arguments), *others]
     packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
     product = *quantize.reference(x, *numbers), *packed, None, None, dtype
     norm = draw.norm_weight(K), None, draw.order(K), 1e-5, False, True, dtype

@@ -169,9 +169,7 @@ def test_rows_of_a_larger_weight(format: str) -> None:
 
 def _rows_20_to_50(args: Arguments) -> Arguments:
     weight = {name: getattr(args, name) for name in GroupedWeight._fields}
-    return args._replace(
-        **{name: one[:, 20:50] for name, one in weight.items() if one is not None}
-    )
+    return args._replace(**{name: one[:, 20:50] for name, one in weight.items() if one is not None})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,6 +10,7 @@ import torch
 
 from atom_compile import KVCache, Recipe, Scheme, calibrate, explain
 from atom_compile.errors import OptionError
+from atom_compile.options import Options
 from atom_compile.passes.derived import PackedLinear
 from atom_compile.signal_noise import measure_layers
 
@@ -19,7 +20,8 @@ from ..models import HandWritten, tiny_llama
 W4A16 = Scheme.preset("w4a16")
 ACT_ORDER = replace(W4A16, act_order=True)
 ASYMMETRIC = replace(W4A16, symmetric=False, group_size=32)
-VARIANTS = [W4A16, ACT_ORDER, ASYMMETRIC]
+FLOATING = [Scheme.preset(name) for name in ("w6a16", "w6a16-e3m2", "w5a16", "w4a16-fp4")]
+VARIANTS = [W4A16, ACT_ORDER, ASYMMETRIC, replace(FLOATING[0], act_order=True), *FLOATING[1:]]
 
 
 def test_nothing_but_products_is_left() -> None:
@@ -50,6 +52,23 @@ def test_before_and_after(symmetric: bool) -> None:
         assert weight.shape == (G, N, 64) and scale.shape == (G, N)
         assert (zero_point is None) if symmetric else zero_point.shape == (G, N)
     assert [node.args[-2] is not None for node in products] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("scheme", FLOATING)
+def test_floating_point_weights_have_planes_and_a_name(scheme: Scheme) -> None:
+    (run,) = rewrites(HandWritten(depth=1, bias=True).eval(), token_batch(), scheme=scheme)
+    products = [node for node in run.gm.graph.nodes if "atom_packed" in node.meta]
+    assert len(products) == 4
+    for node in products:
+        assert node.kwargs == {"format": scheme.weight_format}
+        _, weight, scale, zero_point, high_bits, *_ = (
+            one.meta["example_value"] if isinstance(one, torch.fx.Node) else one
+            for one in node.args
+        )
+        G, N, _ = weight.shape
+        assert scale.shape == (G, N) and zero_point is None
+        extra = (scheme.weight_bits - 4) * 128 // 8
+        assert (high_bits is None) if not extra else high_bits.shape == (G, N, extra)
 
 
 @torch.no_grad()
@@ -105,19 +124,23 @@ def test_explain_names_operator_and_bytes(scheme: Scheme) -> None:
     report = explain(tiny_llama(), token_batch(), options={"scheme": scheme})
     down = next(layer for layer in report.layers if "down_proj" in layer.name)
     assert down.operator == "atom.weight_only_linear + residual" and down.quantized_by is None
-    assert (down.weight_bits, down.activation_bits, down.outlier_channels) == (4, 16, 0)
+    bits = scheme.weight_bits
+    assert (down.weight_bits, down.activation_bits, down.outlier_channels) == (bits, 16, 0)
     groups = -(-down.in_features // scheme.group_size)
-    of_a_group = scheme.group_size // 2 + (2 if scheme.symmetric else 3)
+    of_a_group = scheme.group_size * bits // 8 + (2 if scheme.symmetric else 3)
     assert down.weight_bytes_after == down.out_features * groups * of_a_group
     assert "weight_only_linear" in str(report)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scheme", [W4A16, ACT_ORDER])
-def test_noise_of_each_linear(scheme: Scheme) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "least"),
+    [(W4A16, 10.0), (ACT_ORDER, 10.0), (FLOATING[2], 20.0), (FLOATING[0], 25.0)],
+)
+def test_noise_of_each_linear(scheme: Scheme, least: float) -> None:
     noises = measure_layers(tiny_llama(), [token_batch()], {"scheme": scheme})
     assert len(noises) == 14
-    assert all(noise.alone_db is not None and 10.0 < noise.alone_db < 40.0 for noise in noises)
+    assert all(noise.alone_db is not None and least < noise.alone_db < 45.0 for noise in noises)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +160,30 @@ def test_what_only_it_goes_with(field: dict[str, Any]) -> None:
         Scheme(group_size=32)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "field", "message"),
+    [
+        (Scheme(), {"weight_format": "e2m1"}, "weight_format='e2m1' needs activation_bits=16"),
+        (W4A16, {"weight_format": "e2m4"}, "weight_format.*e2m4.*e2m1"),
+        (W4A16, {"weight_format": "e2m3"}, "weight_bits is 4; with weight_format='e2m3'.*be 6"),
+        (FLOATING[0], {"weight_format": "int"}, "weight_bits is 6; INT4 storage"),
+        (FLOATING[0], {"group_size": 32}, "group_size is 32.*at least 64"),
+        (FLOATING[2], {"group_size": 64}, "group_size is 64.*at least 128"),
+        (FLOATING[0], {"symmetric": False}, "symmetric=False.*e2m3.*no zero points"),
+    ],
+)
+def test_what_weight_formats_do_not_go_with(
+    scheme: Scheme, field: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        replace(scheme, **field)
+
+
+def test_embeddings_are_of_integers_alone() -> None:
+    with pytest.raises(OptionError, match=r"include_embeddings.*'e2m3'"):
+        Options.parse({"scheme": "w6a16", "include_embeddings": True})
+
+
 @torch.no_grad()
 def test_a_quantized_cache_goes_with_it(graphs_run_eagerly: list[Any]) -> None:
     model, ids = tiny_llama(), token_batch(2, 12)
@@ -151,13 +198,14 @@ def test_a_quantized_cache_goes_with_it(graphs_run_eagerly: list[Any]) -> None:
 
 
 @torch.no_grad()
-def test_inductor_compiles_it() -> None:
+@pytest.mark.parametrize("scheme", [ASYMMETRIC, FLOATING[0]])
+def test_inductor_compiles_it(scheme: Scheme) -> None:
     torch._dynamo.reset()
     model, ids = HandWritten(depth=1).eval(), token_batch()
-    options: dict[str, Any] = {"scheme": ASYMMETRIC, "strict": True}
+    options: dict[str, Any] = {"scheme": scheme, "strict": True}
     compiled = torch.compile(model, backend="atom", options=options)
     for length in (12, 7, 1):
         piece = ids[:, :length]
-        wanted = reference_output(model, piece, scheme=ASYMMETRIC)
+        wanted = reference_output(model, piece, scheme=scheme)
         torch.testing.assert_close(compiled(piece), wanted, rtol=1e-3, atol=1e-3)
     torch._dynamo.reset()
