@@ -251,8 +251,8 @@ def evaluate(
     scheme: Annotated[
         list[str] | None,
         typer.Option(
-            help="w4a4, w4a4-rotated, w4ax, w4a8, w4a16, w6a16: one, several by commas, or the option "
-            "again; by default the recipe's own, or w4a4."
+            help="w4a4, w4a4-rotated, w4ax, w4a8, w4a16, w6a16: one, several by commas, or the "
+            "option again; by default the recipe's own, or w4a4."
         ),
     ] = None,
     recipe: Annotated[
