@@ -100,7 +100,7 @@ class Scheme:
     def _check_weight_format(self) -> None:
         name = self.weight_format
         if name not in FORMATS:
-            raise OptionError(unknown("weight_format", name, ["int", *FORMATS]))
+            raise OptionError(unknown("weight_format", str(name), ["int", *FORMATS]))
         bits, least = FORMATS[name].bits, least_group_size(name)
         if self.activation_bits != 16:
             raise OptionError(
