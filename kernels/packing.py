@@ -12,7 +12,8 @@ then cut:
   tokens reads its scales contiguously. With a scale per token all groups share the first.
 * Weights `(N, K)` become `weight (G, N, group_size / 2)` uint8, `weight_scale (G, N)` bfloat16,
   `outlier_weight (N, outlier_channels)` int8 and `outlier_scale (N,)` float32. A block of rows of
-  one group is contiguous memory. Two codes share a byte so that unpacking needs no interleave:
+  one group is contiguous memory. Some rows of a larger weight (see `narrow_rows`) are a weight too:
+  its groups then lie further apart, those of its scales just as far. Two codes share a byte so that unpacking needs no interleave:
 
     byte j of a row of a group:   bits 7..4 = channel j + group_size/2      bits 3..0 = channel j
 
@@ -205,6 +206,24 @@ def concatenate_rows(weights: Sequence[Packed]) -> Packed:
     dims = _row_dims(weights[0])
     tensors = zip(dims, *weights, strict=True)
     return type(weights[0])(*(torch.cat(parts, dim) for dim, *parts in tensors))
+
+
+def narrow_rows(packed: Packed, start: int, count: int) -> Packed:
+    """The packed weight of `weight[start : start + count]`, without a copy."""
+    dims = _row_dims(packed)
+    return type(packed)(
+        *(torch.narrow(one, dim, start, count) for one, dim in zip(packed, dims, strict=True))
+    )
+
+
+def num_rows(packed: PackedWeight | TwoLevelWeight) -> int:
+    """N."""
+    return packed[0].shape[_row_dims(packed)[0]]
+
+
+def rows_per_group(weight: Tensor) -> int:
+    """How many rows after its beginning the next group of a packed `weight` begins."""
+    return weight.stride(0) // weight.shape[2]
 
 
 def _row_dims(packed: Packed) -> list[int]:
