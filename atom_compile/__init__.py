@@ -4,17 +4,24 @@ from .calibrate import calibrate
 from .errors import AtomError
 from .explain import Report, diff, explain
 from .kv_cache import KVCache
+from .quantize import Quantized, quantize
 from .recipe import Recipe
 from .scheme import KVScheme, Scheme
+from .transformers_quantizer import AtomConfig, load, save
 
 __all__ = [
+    "AtomConfig",
     "AtomError",
     "KVCache",
     "KVScheme",
+    "Quantized",
     "Recipe",
     "Report",
     "Scheme",
     "calibrate",
     "diff",
     "explain",
+    "load",
+    "quantize",
+    "save",
 ]

@@ -22,6 +22,10 @@ class RecipeError(AtomError):
     """A recipe that is damaged, of a newer format, or of another model."""
 
 
+class CheckpointError(AtomError):
+    """A packed checkpoint that is damaged, incomplete, of a newer format, or of another model."""
+
+
 class ReportError(AtomError):
     """A file that is no report, is damaged, or of a newer format."""
 

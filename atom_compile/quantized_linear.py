@@ -80,13 +80,19 @@ class QuantizedLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight | TwoLevelWeight:
         """Its own rows."""
-        held: PackedWeight | TwoLevelWeight = self.kind(*self._held())
-        if num_rows(held) == self.out_features:
-            return held
-        return narrow_rows(held, self.first_row, self.out_features)
+        held = self._held()
+        return narrow_rows(held, self.first_row, self.out_features) if self.is_joined else held
 
-    def _held(self) -> list[Tensor]:
-        return [getattr(self, field) for field in self.kind._fields]
+    @property
+    def is_joined(self) -> bool:
+        """Whether its rows are part of a larger weight."""
+        return num_rows(self._held()) != self.out_features
+
+    def _held(self) -> PackedWeight | TwoLevelWeight:
+        held: PackedWeight | TwoLevelWeight = self.kind(
+            *(getattr(self, field) for field in self.kind._fields)
+        )
+        return held
 
     def forward(self, x: Tensor) -> Tensor:
         form = self.input_format
@@ -137,17 +143,15 @@ class QuantizedLinear(nn.Module):
     @contextlib.contextmanager
     def _own_rows(self) -> Iterator[None]:
         """Its own rows in place of the weight that it shares; what is assigned meanwhile stays."""
-        held = dict(zip(self.kind._fields, self._held(), strict=True))
-        own = {name: _parameter(rows) for name, rows in self.packed._asdict().items()}
-        if num_rows(self.kind(**held)) == self.out_features:
-            own = held  # type: ignore[assignment]
-        self._parameters.update(own)
-        try:
+        if not self.is_joined:
             yield
-        finally:
-            replaced = [name for name, rows in own.items() if self._parameters[name] is not rows]
-            if not replaced:
-                self._parameters.update(held)  # type: ignore[arg-type]
+            return
+        held = {field: self._parameters[field] for field in self.kind._fields}
+        own = {name: _parameter(rows) for name, rows in self.packed._asdict().items()}
+        self._parameters.update(own)
+        yield
+        if all(self._parameters[name] is rows for name, rows in own.items()):
+            self._parameters.update(held)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -28,11 +28,11 @@ def group_readers(
     """
     seen: list[tuple[str, Tensor]] = []
     parameters: dict[str, Tensor] = {
-        name: torch.zeros((), dtype=one.dtype).expand(one.shape)
+        name: torch.zeros((), dtype=one.dtype, device="cpu").expand(one.shape)
         for name, one in model.named_parameters()
     }
     buffers = {name: _buffer(one) for name, one in model.named_buffers()}
-    with torch.no_grad(), contextlib.ExitStack() as stack:
+    with torch.no_grad(), torch.device("cpu"), contextlib.ExitStack() as stack:
         for name, linear in linears.items():
             stack.enter_context(_observed(linear, name, seen))
         torch.func.functional_call(

@@ -118,8 +118,12 @@ class ChannelOrder:
         first = self.weights[0]
         if self.recipe is not None:
             return self.recipe.order(tensors[first.node], first.name).to(tensors[first.node].device)
-        columns = [weight.read(tensors).float().square().sum(0) for weight in self.weights]
-        ascending = torch.stack(columns).sum(0).argsort(descending=True, stable=True)
+        # a norm is taken in float32 without a copy of the weight in it
+        norms = [
+            torch.linalg.vector_norm(weight.read(tensors), dim=0, dtype=torch.float32)
+            for weight in self.weights
+        ]
+        ascending = torch.stack(norms).square().sum(0).argsort(descending=True, stable=True)
         return ascending if self.dealt is None else deal(ascending, *self.dealt)
 
 
@@ -143,9 +147,8 @@ class InputTransform:
     def signature(self) -> Hashable:
         return self.order.signature(), self.cut, self.rotation
 
-    def apply(self, rows: Tensor, tensors: Mapping[Node, Tensor]) -> Tensor:
-        """Activations or a weight (*, K) -> (*, layout.width), float32 if there is a rotation."""
-        return Transform(self.order.indices(tensors), self.cut, self.rotation).apply(rows)
+    def known(self, tensors: Mapping[Node, Tensor]) -> Transform:
+        return Transform(self.order.indices(tensors), self.cut, self.rotation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +168,7 @@ class LinearPart:
 
 PRODUCTS = (linear, two_level_linear)
 """Operators on (codes, scale, *packed weight, bias, residual, dtype)."""
+_MOST_AT_ONCE = 2**24  # numbers of a weight that are rounded at a time: 64 MiB for each in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +196,11 @@ class PackedLinear:
     @property
     def operator(self) -> torch._ops.OpOverload:
         return two_level_linear if self.layout.per_token else linear
+
+    @property
+    def kind(self) -> type[PackedWeight] | type[TwoLevelWeight]:
+        """Of the packed weight, the first tensors that `compute` gives; the last is the bias."""
+        return TwoLevelWeight if self.layout.per_token else PackedWeight
 
     @property
     def has_bias(self) -> bool:
@@ -233,7 +242,13 @@ class PackedLinear:
     def _round(
         self, weight: Tensor, tensors: Mapping[Node, Tensor]
     ) -> PackedWeight | TwoLevelWeight:
-        columns = self.transform.apply(weight, tensors)
+        transform = self.transform.known(tensors)
+        at_once = max(1, _MOST_AT_ONCE // weight.shape[1])
+        return concatenate_rows(
+            [self._round_rows(transform.apply(rows)) for rows in weight.split(at_once)]
+        )
+
+    def _round_rows(self, columns: Tensor) -> PackedWeight | TwoLevelWeight:
         if self.layout.per_token:
             return pack_two_level(columns, self.layout)
         return pack_weight(columns, self.layout, self.bits, self.clip)

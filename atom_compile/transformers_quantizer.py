@@ -1,0 +1,404 @@
+"""Packed models in transformers: `save_pretrained`, `from_pretrained`, `quantization_config`.
+
+Importing this module registers the method `atom_compile` with transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .checkpoint import FORMAT_VERSION, Contents, check_version, read_contents
+from .errors import CheckpointError, OptionError
+from .files import write_folder
+from .options import Options
+from .quantize import Places, input_format, is_linear, make_plan, pack_group
+from .quantized_linear import QuantizedLinear, join_rows
+from .recipe import Recipe
+from .scheme import Scheme
+
+# the name that transformers prints where the package was not imported
+METHOD = "atom_compile"
+
+
+@register_quantization_config(METHOD)
+class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What `from_pretrained(..., quantization_config=...)` takes, and config.json keeps.
+
+    scheme: a `Scheme` or a preset's name; the recipe's own by default, `w4a4` without a recipe.
+    recipe: a `Recipe`, or the path of one. Only its digest is kept.
+    include_head, skip: as among the backend's options.
+
+    The other fields are a saved model's: the names of its quantized linears, those that read one
+    activation together; what calibration chose for some of them; the digests of checkpoint.py.
+    """
+
+    def __init__(
+        self,
+        scheme: str | Scheme | Mapping[str, Any] | None = None,
+        recipe: Recipe | str | Path | None = None,
+        include_head: bool = False,
+        skip: Sequence[str] = (),
+        *,
+        linears: Sequence[Sequence[str]] | None = None,
+        choices: Mapping[str, Mapping[str, Any]] | None = None,
+        model: str | None = None,
+        content: str | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+    ) -> None:
+        check_version(format_version, "config.json")
+        assert quant_method == METHOD
+        self.quant_method = METHOD
+        self.linears = None if linears is None else [list(group) for group in linears]
+        self.choices = {name: dict(choice) for name, choice in (choices or {}).items()}
+        self.model, self.content = model, content
+        if isinstance(scheme, Mapping):
+            scheme = Scheme(**scheme)
+        saved = self.linears is not None
+        self.recipe = recipe if saved and isinstance(recipe, str) else None
+        given = {"scheme": scheme, "recipe": None if saved else recipe}
+        self.options = Options.parse(
+            {**given, "include_head": include_head, "skip": list(skip)}
+        )
+        if self.options.recipe is not None:
+            self.recipe = self.options.recipe.digest
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "scheme": dataclasses.asdict(self.options.scheme),
+            "recipe": self.recipe,
+            "include_head": self.options.include_head,
+            "skip": list(self.options.skip),
+            "linears": self.linears,
+            "choices": self.choices,
+            "model": self.model,
+            "content": self.content,
+        }
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: Any) -> AtomConfig:
+        """transformers copies configurations; a recipe can be as large as the packed model."""
+        copied = copy.copy(self)
+        copied.choices = copy.deepcopy(self.choices)
+        return copied
+
+    def describe(self, model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+        """Takes down what was quantized, and how; the recipe is not needed any more."""
+        self.options = dataclasses.replace(self.options, recipe=None)
+        self.linears = [list(group) for group in groups]
+        scheme = self.options.scheme
+        for name in (name for group in groups for name in group):
+            linear = model.get_submodule(name)
+            assert isinstance(linear, QuantizedLinear)
+            form = linear.input_format
+            plain = scheme.activation_clip, scheme.int8_groups(form.cut)
+            if (form.clip, form.int8_groups) != plain:
+                self.choices[name] = {
+                    "activation_clip": form.clip,
+                    "int8_groups": form.int8_groups,
+                }
+
+
+@register_quantizer(METHOD)
+class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads packed checkpoints, packs 16-bit ones while they load, and saves either."""
+
+    quantization_config: AtomConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: AtomConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._contents: Contents | None = None
+        self._files: Sequence[str] = ()
+        self._packer: _Packer | None = None
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise OptionError(
+                "packed linears cannot be split over devices (tensor parallel); use device_map"
+            )
+        with torch.device("cpu"):
+            if not self.pre_quantized:
+                self._packer = _Packer(model, config.options)
+                return
+            if config.linears is None or config.content is None:
+                raise CheckpointError(
+                    "config.json says that the model is packed, but not which linears: it was "
+                    "changed, or not written to its end"
+                )
+            _hold_packed(model, config)
+            self._files = checkpoint_files or ()
+            # some models' tensors have other names in files, and only what is loaded can be checked
+            renamed = bool(get_model_conversion_mapping(model, add_legacy=False))
+            self._contents = read_contents(self._files, config.content, names=not renamed)
+            self._contents.check_layout(_untied(model, model.state_dict()))
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return self._packer is not None and param_name in self._packer.weights
+
+    def get_quantize_ops(self) -> _Pack:
+        assert self._packer is not None
+        return _Pack(self._packer)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Where the memory is planned before it is packed, it counts as packed."""
+        if self._packer is not None and param_name in self._packer.weights:
+            return self._packer.bytes_per_weight
+        size: float = super().param_element_size(model, param_name, param)
+        return size
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if self._packer is not None:
+            self._packer.finish()
+            config.describe(model, self._packer.groups)
+            self._packer = None
+        elif self._contents is not None:
+            _check_loaded(model, self._contents, self._files)
+            for group in config.linears or []:
+                _join_loaded([model.get_submodule(name) for name in group])
+            self._contents = None
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Each linear's own rows, as tensors that share no memory; the files' metadata."""
+        config = self.quantization_config
+        state_dict = _untied(model, _separate(model))
+        contents = Contents.of(state_dict)
+        config.model, config.content = contents.model, contents.content
+        return state_dict, contents.metadata(config.options.scheme, config.recipe)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: Any, options: Options, groups: Sequence[Sequence[str]]) -> None:
+    """Lets `save_pretrained` know that `quantize` packed this model, if it is one of transformers."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = AtomConfig(
+        options.scheme, options.recipe, options.include_head, options.skip
+    )
+    config.describe(model, groups)
+    model.hf_quantizer = AtomQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.postprocess_model(model)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+
+
+class _Pack(ConversionOps):  # type: ignore[misc]
+    """Hands a 16-bit weight to the packer; it gives nothing back for transformers to store."""
+
+    def __init__(self, packer: _Packer) -> None:
+        self._packer = packer
+
+    def convert(
+        self,
+        input_dict: Mapping[str, Any],
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, list[Tensor]]:
+        (weight,) = input_dict.values()
+        self._packer.take(full_layer_name, weight[0] if isinstance(weight, list) else weight)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+class _Packer:
+    """Packs linears as their weights arrive: when an activation's linears are all there.
+
+    Held in 16 bits is never more than the linears of the activations under way, less than a decoder
+    block.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        plan = make_plan(model, options)
+        self.groups = plan.groups
+        self.weights = {f"{name}.weight" for group in plan.groups for name in group}
+        self._options = options
+        self._places = Places(model)
+        self._group_of = {name: group for group in plan.groups for name in group}
+        self._linears = {name: model.get_submodule(name) for name in self._group_of}
+        before = after = 0
+        for name, linear in self._linears.items():
+            packed = _packed_on_meta(name, linear, options)
+            before += packed.in_features * packed.out_features
+            after += sum(one.nbytes for one in packed.packed)
+        self.bytes_per_weight = after / max(before, 1)
+
+    def take(self, parameter: str, weight: Tensor) -> None:
+        name = parameter.removesuffix(".weight")
+        self._linears[name].weight = nn.Parameter(weight, requires_grad=False)
+        group = self._group_of[name]
+        if any(self._linears[one].weight.is_meta for one in group):  # type: ignore[union-attr,operator]
+            return
+        packed = pack_group({one: self._linears[one] for one in group}, self._options)
+        for one, linear in packed.items():
+            mark_initialized(linear)
+            self._places.replace(self._linears.pop(one), linear)
+
+    def finish(self) -> None:
+        """Raises CheckpointError for weights that never came."""
+        if self._linears:
+            name = next(iter(self._linears))
+            raise CheckpointError(f"the 16-bit checkpoint lacks {name}.weight, or what it reads")
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Tells transformers, which fills weights that no file had, that these are not to be filled."""
+    marked: Any
+    for marked in (module, *(one for one in module.parameters() if not one.is_meta)):
+        marked._is_hf_initialized = True
+
+
+def _packed_on_meta(name: str, linear: nn.Module, options: Options) -> QuantizedLinear:
+    """What `linear`, still on meta, becomes: without data."""
+    return pack_group({name: linear}, Options(scheme=options.scheme))[name]
+
+
+def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
+    """Puts packed linears without data where config.json says that they are."""
+    places = Places(model)
+    for name in (name for group in config.linears or [] for name in group):
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if linear is None or not is_linear(linear):
+            raise CheckpointError(
+                f"config.json says that {name} is packed, and the model has no such linear: it is "
+                "of another model"
+            )
+        packed = _packed_on_meta(name, linear, config.options)
+        if name in config.choices:
+            choice = config.choices[name]
+            numbers = choice["activation_clip"], choice["int8_groups"]
+            packed.input_format = input_format(
+                config.options.scheme, packed.in_features, *numbers
+            )
+        places.replace(linear, packed)
+
+
+def _untied(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What files hold of it: of weights that are one, one."""
+    tied = model.all_tied_weights_keys.keys()
+    ignored = set(model._keys_to_ignore_on_save or ())
+    return {name: one for name, one in state_dict.items() if name not in tied | ignored}
+
+
+def _separate(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, where linears share memory with copies of their own on the CPU."""
+    state_dict: dict[str, Tensor] = model.state_dict()
+    for name, one in state_dict.items():
+        if one.is_meta:
+            state_dict[name] = load_offloaded_parameter(model, name)
+    for module_name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            shared = ["order", *(module.kind._fields if module.is_joined else ())]
+            for name in (f"{module_name}.{one}" for one in shared):
+                copied = state_dict[name].contiguous()
+                state_dict[name] = copied.to("cpu", copy=copied is state_dict[name])
+    return state_dict
+
+
+def _check_loaded(model: Any, contents: Contents, files: Sequence[str]) -> None:
+    """Raises CheckpointError unless every tensor is what was saved.
+
+    Those loaded in another precision, or to disk, are read from the files once more.
+    """
+    loaded = model.state_dict()
+    for name in contents.tensors:
+        tensor = loaded[name]
+        if tensor.is_meta or str(tensor.dtype) != f"torch.{contents.dtype(name)}":
+            tensor = _read(name, files)
+        if tensor is not None:
+            contents.check_content(name, tensor)
+
+
+def _read(name: str, files: Sequence[str]) -> Tensor | None:
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            if name in opened.keys():  # noqa: SIM118
+                tensor: Tensor = opened.get_tensor(name)
+                return tensor
+    return None  # transformers saved it under another name
+
+
+def _join_loaded(linears: Sequence[QuantizedLinear]) -> None:
+    for linear in linears:
+        linear.requires_grad_(False)  # transformers loads what is floating-point as trainable
+    places = {(one.order.device, one.weight.is_meta) for one in linears}
+    if len(linears) < 2 or len(places) > 1 or linears[0].weight.is_meta:
+        return  # over several devices, or offloaded: held one by one
+    if not all(torch.equal(one.order, linears[0].order) for one in linears):
+        raise CheckpointError("config.json says of linears with different orders that they share one")
+    join_rows(linears)
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """A packed model that `save`, or `save_pretrained`, wrote: as `from_pretrained` loads it.
+
+    path: a directory, or a repository's name. kwargs: `from_pretrained`'s own, such as device_map.
+
+    Raises CheckpointError for anything else, by name; see docs/loading-errors.md.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no model of transformers: {error}") from error
+    quantized = getattr(config, "quantization_config", None) or {}
+    if quantized.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{path} is no packed model: its config.json names no quantization by {METHOD}"
+        )
+    architecture = getattr(transformers, (config.architectures or ["none"])[0], None)
+    if architecture is None:
+        raise CheckpointError(f"{path} is a {config.architectures}, which transformers lacks")
+    return architecture.from_pretrained(path, **kwargs)
+
+
+def save(model: Any, path: str | Path, **kwargs: Any) -> None:
+    """`model.save_pretrained(path)`, whole or not at all: what was there before stays until then.
+
+    Raises CheckpointError for a model that `quantize` or `from_pretrained` did not pack.
+    """
+    if not isinstance(getattr(model, "hf_quantizer", None), AtomQuantizer):
+        raise CheckpointError(
+            "the model is no packed model of transformers: call atom_compile.quantize(model) first"
+        )
+    write_folder(Path(path), lambda folder: model.save_pretrained(folder, **kwargs))
