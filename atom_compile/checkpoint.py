@@ -1,6 +1,6 @@
 """What a packed checkpoint says about itself, and how a damaged one is told from a sound one.
 
-Every safetensors file of a checkpoint carries the same metadata, under `atom_compile`: a JSON object
+Every safetensors file of a checkpoint carries the same metadata under `atom_compile`, in JSON:
 
     format_version   of this module; newer ones are refused
     scheme           the fields of the `Scheme`
@@ -124,8 +124,10 @@ def read_contents(files: Sequence[str | Path], content: str, names: bool = True)
                 f"{name} is of another checkpoint than config.json: their contents differ"
             )
         contents = Contents(
-            {one: (dtype, tuple(shape), digest) for one, (dtype, shape, digest) in
-             record["tensors"].items()}
+            {
+                one: (dtype, tuple(shape), digest)
+                for one, (dtype, shape, digest) in record["tensors"].items()
+            }
         )
         if contents.content != content:
             raise CheckpointError(f"the metadata of {name} is damaged: copy or save it again")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .kernels.linear import linear
@@ -129,7 +128,7 @@ class QuantizedLinear(nn.Module):
             keeps = tensor is self.bias or moved.dtype == tensor.dtype
             return moved if keeps else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -27,7 +27,7 @@ from .checkpoint import FORMAT_VERSION, Contents, check_version, read_contents
 from .errors import CheckpointError, OptionError
 from .files import write_folder
 from .options import Options
-from .quantize import Places, input_format, is_linear, make_plan, pack_group
+from .packer import Places, input_format, is_linear, make_plan, pack_group
 from .quantized_linear import QuantizedLinear, join_rows
 from .recipe import Recipe
 from .scheme import Scheme
@@ -73,9 +73,7 @@ class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
         saved = self.linears is not None
         self.recipe = recipe if saved and isinstance(recipe, str) else None
         given = {"scheme": scheme, "recipe": None if saved else recipe}
-        self.options = Options.parse(
-            {**given, "include_head": include_head, "skip": list(skip)}
-        )
+        self.options = Options.parse({**given, "include_head": include_head, "skip": list(skip)})
         if self.options.recipe is not None:
             self.recipe = self.options.recipe.digest
 
@@ -204,14 +202,12 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def attach(model: Any, options: Options, groups: Sequence[Sequence[str]]) -> None:
-    """Lets `save_pretrained` know that `quantize` packed this model, if it is one of transformers."""
+    """Tells a model of transformers that `quantize` packed it; any other is left as it is."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         return
-    config = AtomConfig(
-        options.scheme, options.recipe, options.include_head, options.skip
-    )
+    config = AtomConfig(options.scheme, options.recipe, options.include_head, options.skip)
     config.describe(model, groups)
     model.hf_quantizer = AtomQuantizer(config, pre_quantized=True)
     model.hf_quantizer.postprocess_model(model)
@@ -265,7 +261,7 @@ class _Packer:
         name = parameter.removesuffix(".weight")
         self._linears[name].weight = nn.Parameter(weight, requires_grad=False)
         group = self._group_of[name]
-        if any(self._linears[one].weight.is_meta for one in group):  # type: ignore[union-attr,operator]
+        if any(self._linears[one].weight.is_meta for one in group):
             return
         packed = pack_group({one: self._linears[one] for one in group}, self._options)
         for one, linear in packed.items():
@@ -308,9 +304,7 @@ def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
         if name in config.choices:
             choice = config.choices[name]
             numbers = choice["activation_clip"], choice["int8_groups"]
-            packed.input_format = input_format(
-                config.options.scheme, packed.in_features, *numbers
-            )
+            packed.input_format = input_format(config.options.scheme, packed.in_features, *numbers)
         places.replace(linear, packed)
 
 
@@ -366,7 +360,9 @@ def _join_loaded(linears: Sequence[QuantizedLinear]) -> None:
     if len(linears) < 2 or len(places) > 1 or linears[0].weight.is_meta:
         return  # over several devices, or offloaded: held one by one
     if not all(torch.equal(one.order, linears[0].order) for one in linears):
-        raise CheckpointError("config.json says of linears with different orders that they share one")
+        raise CheckpointError(
+            f"config.json groups {len(linears)} linears that do not have one order of channels"
+        )
     join_rows(linears)
 
 

@@ -187,14 +187,18 @@ def linear_kernel(
 
     first = split * num_groups // splits
     end = (split + 1) * num_groups // splits
-    group_scale = tl.load(group_scale_ptr + tl.cast(first, tl.int64) * weight_rows + n, mask=live_n, other=0)
+    group_scale = tl.load(
+        group_scale_ptr + tl.cast(first, tl.int64) * weight_rows + n, mask=live_n, other=0
+    )
     scale = tl.load(
         scale_ptr + tl.cast(0 if TWO_LEVEL else first, tl.int64) * M + m, mask=live_m, other=0.0
     )
     for group in range(first, end):
         # Triton does not pipeline loads this small: they are fetched one step ahead
         following = tl.cast(tl.minimum(group + 1, num_groups - 1), tl.int64)
-        next_group_scale = tl.load(group_scale_ptr + following * weight_rows + n, mask=live_n, other=0)
+        next_group_scale = tl.load(
+            group_scale_ptr + following * weight_rows + n, mask=live_n, other=0
+        )
         if not TWO_LEVEL:
             next_scale = tl.load(scale_ptr + following * M + m, mask=live_m, other=0.0)
         packed = tl.load(weight_tile + tl.cast(group, tl.int64) * weight_rows * HALF_GROUP).to(

@@ -13,7 +13,8 @@ then cut:
 * Weights `(N, K)` become `weight (G, N, group_size / 2)` uint8, `weight_scale (G, N)` bfloat16,
   `outlier_weight (N, outlier_channels)` int8 and `outlier_scale (N,)` float32. A block of rows of
   one group is contiguous memory. Some rows of a larger weight (see `narrow_rows`) are a weight too:
-  its groups then lie further apart, those of its scales just as far. Two codes share a byte so that unpacking needs no interleave:
+  its groups then lie further apart, those of its scales just as far. Two codes share a byte so that
+  unpacking needs no interleave:
 
     byte j of a row of a group:   bits 7..4 = channel j + group_size/2      bits 3..0 = channel j
 
