@@ -232,7 +232,7 @@ def _plan_readers(
         found, options.scheme, options.recipe, options.include_head, options.skip
     )
     for node in graph.nodes:  # a graph lives until it is collected as garbage, weights must not
-        node.meta["example_value"] = node.meta["example_value"].to("meta")
+        node.meta["example_value"] = node.meta["example_value"].detach().to("meta")
     return dict(zip(linears, planned, strict=True))
 
 
