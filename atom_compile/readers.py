@@ -27,10 +27,7 @@ def group_readers(
     which they share, stand alone.
     """
     seen: list[tuple[str, Tensor]] = []
-    parameters: dict[str, Tensor] = {
-        name: torch.zeros((), dtype=one.dtype, device="cpu").expand(one.shape)
-        for name, one in model.named_parameters()
-    }
+    parameters = _zeros(dict(model.named_parameters()))
     buffers = {name: _buffer(one) for name, one in model.named_buffers()}
     with torch.no_grad(), torch.device("cpu"), contextlib.ExitStack() as stack:
         for name, linear in linears.items():
@@ -55,6 +52,19 @@ def group_by_recipe(names: Sequence[str], recipe: Recipe) -> list[list[str]]:
         key = name.encode() if diagonal is None else diagonal.numpy().tobytes()
         together[key].append(name)
     return list(together.values())
+
+
+def _zeros(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In place of each parameter: one number, or where products want true strides one buffer."""
+    stacks = [one for one in parameters.values() if one.dim() > 2]
+    largest = max((one.numel() for one in stacks), default=0)
+    shared = {one.dtype: torch.zeros(largest, dtype=one.dtype, device="cpu") for one in stacks}
+    return {
+        name: shared[one.dtype][: one.numel()].view(one.shape)
+        if one.dim() > 2
+        else torch.zeros((), dtype=one.dtype, device="cpu").expand(one.shape)
+        for name, one in parameters.items()
+    }
 
 
 def _buffer(buffer: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
         saved = self.linears is not None
         self.recipe = recipe if saved and isinstance(recipe, str) else None
         given = {"scheme": scheme, "recipe": None if saved else recipe}
-        self.options = Options.parse({**given, "include_head": include_head, "skip": list(skip)})
+        self.options = Options.parse({**given, "include_head": include_head, "skip": skip})
         if self.options.recipe is not None:
             self.recipe = self.options.recipe.digest
 
