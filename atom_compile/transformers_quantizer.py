@@ -388,8 +388,10 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     return architecture.from_pretrained(path, **kwargs)
 
 
-def save(model: Any, path: str | Path, **kwargs: Any) -> None:
+def save(model: Any, path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> None:
     """`model.save_pretrained(path)`, whole or not at all: what was there before stays until then.
+
+    tokenizer: saved beside it. kwargs: `save_pretrained`'s own, such as max_shard_size.
 
     Raises CheckpointError for a model that `quantize` or `from_pretrained` did not pack.
     """
@@ -397,4 +399,10 @@ def save(model: Any, path: str | Path, **kwargs: Any) -> None:
         raise CheckpointError(
             "the model is no packed model of transformers: call atom_compile.quantize(model) first"
         )
-    write_folder(Path(path), lambda folder: model.save_pretrained(folder, **kwargs))
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    write_folder(Path(path), write)
