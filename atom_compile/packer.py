@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from torch.fx import Graph, Node
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .errors import AtomError
+from .kernels.packing import empty_rows
 from .options import Options
 from .passes.derived import LinearPart, PackedLinear, WeightRef
 from .passes.linears import FoundLinear
@@ -99,6 +101,25 @@ def pack_group(linears: Linears, options: Options) -> dict[str, QuantizedLinear]
     if len(packed) > 1:
         join_rows(list(packed.values()))
     return packed
+
+
+def packed_on_meta(linear: nn.Module, scheme: Scheme) -> QuantizedLinear:
+    """What `linear` becomes, without values."""
+    out_features, in_features = _shape(linear)
+    row = _row_on_meta(in_features, scheme)
+    return QuantizedLinear(
+        empty_rows(row.packed, out_features),
+        torch.empty_like(row.order),
+        linear.bias,  # type: ignore[arg-type]
+        row.input_format,
+    ).train(linear.training)
+
+
+@functools.lru_cache(maxsize=64)
+def _row_on_meta(in_features: int, scheme: Scheme) -> QuantizedLinear:
+    """A model has few widths, and packing takes milliseconds even without values."""
+    linear = nn.Linear(in_features, 1, bias=False, device="meta")
+    return pack_group({"linear": linear}, Options(scheme=scheme))["linear"]
 
 
 def input_format(scheme: Scheme, width: int, clip: float, int8_groups: int) -> InputFormat:

@@ -27,7 +27,7 @@ from .checkpoint import FORMAT_VERSION, Contents, check_version, read_contents
 from .errors import CheckpointError, OptionError
 from .files import write_folder
 from .options import Options
-from .packer import Places, input_format, is_linear, make_plan, pack_group
+from .packer import Places, input_format, is_linear, make_plan, pack_group, packed_on_meta
 from .quantized_linear import QuantizedLinear, join_rows
 from .recipe import Recipe
 from .scheme import Scheme
@@ -251,8 +251,8 @@ class _Packer:
         self._group_of = {name: group for group in plan.groups for name in group}
         self._linears = {name: model.get_submodule(name) for name in self._group_of}
         before = after = 0
-        for name, linear in self._linears.items():
-            packed = _packed_on_meta(name, linear, options)
+        for linear in self._linears.values():
+            packed = packed_on_meta(linear, options.scheme)
             before += packed.in_features * packed.out_features
             after += sum(one.nbytes for one in packed.packed)
         self.bytes_per_weight = after / max(before, 1)
@@ -282,11 +282,6 @@ def mark_initialized(module: nn.Module) -> None:
         marked._is_hf_initialized = True
 
 
-def _packed_on_meta(name: str, linear: nn.Module, options: Options) -> QuantizedLinear:
-    """What `linear`, still on meta, becomes: without data."""
-    return pack_group({name: linear}, Options(scheme=options.scheme))[name]
-
-
 def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
     """Puts packed linears without data where config.json says that they are."""
     places = Places(model)
@@ -300,7 +295,7 @@ def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
                 f"config.json says that {name} is packed, and the model has no such linear: it is "
                 "of another model"
             )
-        packed = _packed_on_meta(name, linear, config.options)
+        packed = packed_on_meta(linear, config.options.scheme)
         if name in config.choices:
             choice = config.choices[name]
             numbers = choice["activation_clip"], choice["int8_groups"]

@@ -217,6 +217,17 @@ def narrow_rows(packed: Packed, start: int, count: int) -> Packed:
     )
 
 
+def empty_rows(packed: Packed, count: int) -> Packed:
+    """A packed weight of `count` rows without values, in dtypes, width and place like `packed`."""
+    dims = _row_dims(packed)
+    return type(packed)(
+        *(
+            one.new_empty(*one.shape[:dim], count, *one.shape[dim + 1 :])
+            for one, dim in zip(packed, dims, strict=True)
+        )
+    )
+
+
 def num_rows(packed: PackedWeight | TwoLevelWeight) -> int:
     """N."""
     return packed[0].shape[_row_dims(packed)[0]]
