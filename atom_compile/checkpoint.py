@@ -3,8 +3,9 @@
 Every safetensors file of a checkpoint carries the same metadata under `atom_compile`, in JSON:
 
     format_version   of this module; newer ones are refused
-    scheme           the fields of the `Scheme`
+    scheme           the fields of the `Scheme`, and the other `SETTINGS` of config.json
     recipe           the recipe's digest, or null
+    linears, choices which linears are packed, and what calibration chose for some of them
     model            digest of the names, dtypes and shapes of all tensors
     content          digest of all of `tensors`: in config.json too, which ties the files together
     tensors          name -> [dtype, shape, content hash], of every tensor of every file
@@ -30,6 +31,8 @@ from .scheme import Scheme
 
 FORMAT_VERSION = 1
 METADATA_KEY = "atom_compile"
+SETTINGS = ("scheme", "recipe", "linears", "choices")
+"""What config.json and each file must agree on."""
 _TENSORS_NAMED = 3  # at most, in a message
 
 
@@ -56,12 +59,11 @@ class Contents:
     def content(self) -> str:
         return _digest([[name, *one] for name, one in self.tensors.items()])
 
-    def metadata(self, scheme: Scheme, recipe: str | None) -> dict[str, str]:
-        """What every file carries."""
+    def metadata(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """What every file carries. settings: those of config.json."""
         record = {
             "format_version": FORMAT_VERSION,
-            "scheme": asdict(scheme),
-            "recipe": recipe,
+            **{name: settings[name] for name in SETTINGS},
             "model": self.model,
             "content": self.content,
             "tensors": self.tensors,
@@ -96,12 +98,14 @@ class Contents:
         return self.tensors[name][0]
 
 
-def read_contents(files: Sequence[str | Path], content: str, names: bool = True) -> Contents:
+def read_contents(
+    files: Sequence[str | Path], settings: Mapping[str, Any], names: bool = True
+) -> Contents:
     """What the files of a checkpoint say they hold together, each opened and its header read.
 
-    content: what config.json says. names: whether the files' tensors must be those that were saved,
-    by name. Raises CheckpointError for files that are damaged, incomplete,
-    of a newer format or of another checkpoint.
+    settings: what config.json says. names: whether the files' tensors must be those that were
+    saved, by name. Raises CheckpointError for files that are damaged, incomplete, of a newer format
+    or of another checkpoint.
     """
     contents: Contents | None = None
     held: set[str] = set()
@@ -111,32 +115,61 @@ def read_contents(files: Sequence[str | Path], content: str, names: bool = True)
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
                 held |= set(opened.keys())
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{name} is missing: the checkpoint is incomplete") from error
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{name} is damaged or cut short ({error}): copy or save it again"
             ) from error
         if METADATA_KEY not in metadata:
             raise CheckpointError(f"{name} was not saved by atom_compile: it has no {METADATA_KEY}")
-        record = json.loads(metadata[METADATA_KEY])
-        check_version(record["format_version"], name)
-        if record["content"] != content:
-            raise CheckpointError(
-                f"{name} is of another checkpoint than config.json: their contents differ"
-            )
-        contents = Contents(
-            {
-                one: (dtype, tuple(shape), digest)
-                for one, (dtype, shape, digest) in record["tensors"].items()
-            }
-        )
-        if contents.content != content:
-            raise CheckpointError(f"the metadata of {name} is damaged: copy or save it again")
+        contents = _read_record(name, metadata[METADATA_KEY], settings)
     if contents is None:
         raise CheckpointError("the checkpoint has no files")
     if names:
         _refuse_missing("the files lack", contents.tensors.keys() - held)
         _refuse_missing("the files hold, beside what was saved,", held - contents.tensors.keys())
     return contents
+
+
+def _read_record(name: str, written: str, settings: Mapping[str, Any]) -> Contents:
+    try:
+        record = json.loads(written)
+        check_version(record["format_version"], name)
+        contents = Contents(
+            {
+                one: (dtype, tuple(shape), digest)
+                for one, (dtype, shape, digest) in record["tensors"].items()
+            }
+        )
+        known = {setting: record[setting] for setting in ("content", *SETTINGS)}
+        known["scheme"] = asdict(Scheme(**known["scheme"]))  # with fields that came later
+        damaged = contents.content != known["content"]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        damaged = True
+    if damaged:
+        raise CheckpointError(f"the metadata of {name} is damaged: copy or save it again")
+    for setting in SETTINGS:
+        if known[setting] != settings[setting]:
+            raise CheckpointError(
+                f"{_difference(setting, settings[setting], known[setting], name)}: config.json was "
+                "changed, or the file is of another checkpoint"
+            )
+    if known["content"] != settings["content"]:
+        raise CheckpointError(
+            f"{name} is of another checkpoint than config.json: their contents differ"
+        )
+    return contents
+
+
+def _difference(setting: str, in_config: Any, in_file: Any, file: str) -> str:
+    """`group_size is 64 in config.json and 128 in model.safetensors`"""
+    if setting == "scheme" and in_config.keys() == in_file.keys():
+        setting = next(name for name, value in in_config.items() if value != in_file[name])
+        in_config, in_file = in_config[setting], in_file[setting]
+    if isinstance(in_config, list | dict):
+        return f"{setting} is one thing in config.json and another in {file}"
+    return f"{setting} is {in_config} in config.json and {in_file} in {file}"
 
 
 def check_version(version: Any, where: str) -> None:
@@ -151,7 +184,9 @@ def _refuse_missing(what: str, names: set[str]) -> None:
     if names:
         shown = ", ".join(sorted(names)[:_TENSORS_NAMED])
         more = f" and {len(names) - _TENSORS_NAMED} more" if len(names) > _TENSORS_NAMED else ""
-        raise CheckpointError(f"{what} {shown}{more}: it is of another model, or incomplete")
+        raise CheckpointError(
+            f"{what} {shown}{more}: the checkpoint is of another model, or incomplete"
+        )
 
 
 def _dtype(tensor: Tensor) -> str:

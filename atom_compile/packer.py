@@ -261,5 +261,5 @@ def _weight_node(graph: Graph, weight: Tensor) -> Node:
     """As Dynamo marks a placeholder that is a parameter."""
     node = graph.placeholder("weight")
     node.meta.update(example_value=weight, tensor_dict={"_dynamo_static_input_type": "unguarded"})
-    node._dynamo_source = SimpleNamespace(member="_parameters")  # type: ignore[attr-defined]
+    node._dynamo_source = SimpleNamespace(member="_parameters")
     return node

@@ -34,6 +34,7 @@ from .scheme import Scheme
 
 # the name that transformers prints where the package was not imported
 METHOD = "atom_compile"
+_SCHEME_FIELDS = {field.name for field in dataclasses.fields(Scheme)}
 
 
 @register_quantization_config(METHOD)
@@ -61,6 +62,7 @@ class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
         content: str | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
+        **unknown: Any,
     ) -> None:
         check_version(format_version, "config.json")
         assert quant_method == METHOD
@@ -68,6 +70,12 @@ class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.linears = None if linears is None else [list(group) for group in linears]
         self.choices = {name: dict(choice) for name, choice in (choices or {}).items()}
         self.model, self.content = model, content
+        fields = scheme.keys() if isinstance(scheme, Mapping) else set()
+        if later := [*unknown, *(fields - _SCHEME_FIELDS)]:
+            raise CheckpointError(
+                f"config.json has fields that this version of atom_compile does not know: "
+                f"{', '.join(later)}. Upgrade atom_compile."
+            )
         if isinstance(scheme, Mapping):
             scheme = Scheme(**scheme)
         saved = self.linears is not None
@@ -151,7 +159,7 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
             self._files = checkpoint_files or ()
             # some models' tensors have other names in files, and only what is loaded can be checked
             renamed = bool(get_model_conversion_mapping(model, add_legacy=False))
-            self._contents = read_contents(self._files, config.content, names=not renamed)
+            self._contents = read_contents(self._files, config.to_dict(), names=not renamed)
             self._contents.check_layout(_untied(model, model.state_dict()))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -187,7 +195,7 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
         state_dict = _untied(model, _separate(model))
         contents = Contents.of(state_dict)
         config.model, config.content = contents.model, contents.content
-        return state_dict, contents.metadata(config.options.scheme, config.recipe)
+        return state_dict, contents.metadata(config.to_dict())
 
     def is_serializable(self) -> bool:
         return True

@@ -324,8 +324,10 @@ def group_wrongly(config: dict[str, Any]) -> None:
     config["linears"] = [first + second, *others]
 
 
+CHOICE = {Q_PROJ: {"activation_clip": 0.9, "int8_groups": 1}}
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "a file cut short": (truncate, r"model-00001-of-0000\d.safetensors is damaged or cut short"),
+    "a file missing": (lose_a_file, "model-00002-of-0000.*is missing"),
     "a bit flipped": (flip_a_bit, "is not what was saved: the checkpoint is damaged"),
     "a newer format": (
         edit_config(lambda config: config.update(format_version=2)),
@@ -351,11 +353,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "another group size": (
         edit_config(lambda config: config["scheme"].update(group_size=64)),
-        "the files are of another model, scheme or group size",
+        "group_size is 64 in config.json and 128 in model-00001",
     ),
     "another scheme": (
         edit_config(lambda config: config["scheme"].update(two_level=True, activation_bits=8)),
-        "the checkpoint lacks .*group_scale",
+        "the checkpoint lacks .*group_scale|activation_bits is 8 in config.json and 4 in",
     ),
     "a scheme that there is not": (
         edit_config(lambda config: config["scheme"].update(group_size=100)),
@@ -367,9 +369,25 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "linears grouped wrongly": (
         edit_config(group_wrongly),
-        "do not have one order of channels",
+        "linears is one thing in config.json and another in model-00001",
     ),
     "no list of linears": (edit_config(remove_linears), "but not which linears"),
+    "another clip": (
+        edit_config(lambda config: config["scheme"].update(activation_clip=0.5)),
+        "activation_clip is 0.5 in config.json and 0.85 in model-00001",
+    ),
+    "a choice of another recipe": (
+        edit_config(lambda config: config["choices"].update(CHOICE)),
+        "choices is one thing in config.json and another",
+    ),
+    "a field of a later version": (
+        edit_config(lambda config: config["scheme"].update(shape="round")),
+        "fields that this version of atom_compile does not know: shape",
+    ),
+    "metadata of another kind": (
+        edit_metadata(lambda record: record.update(tensors=[])),
+        "the metadata of .* is damaged",
+    ),
     "metadata that were changed": (
         edit_metadata(lambda record: record["tensors"].pop("lm_head.weight")),
         "the metadata of .* is damaged",
@@ -389,14 +407,6 @@ def test_damage_is_refused_by_name(name: str, packed: tuple[Path, Tensor], tmp_p
     for loading in (load, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(expected, match=message):
             loading(path)
-
-
-def test_a_lost_file_is_transformers_own_error(packed: tuple[Path, Tensor], tmp_path: Path) -> None:
-    for file in packed[0].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    lose_a_file(tmp_path)
-    with pytest.raises((CheckpointError, OSError), match="model-00002"):
-        load(tmp_path)
 
 
 def test_what_is_no_packed_model(plain: Path, tmp_path: Path) -> None:

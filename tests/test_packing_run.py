@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from atom_compile import AtomError, load
 from atom_compile.doctor import Finding, examine
+from atom_compile.kernels import linear, two_level_linear
 from atom_compile.packing_run import pack_folder
 
 from .capturing import token_batch
@@ -140,16 +141,14 @@ def test_doctor_says_what_there_is() -> None:
 
 
 def test_doctor_tells_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from atom_compile import doctor
-
     def wrong(*arguments: Any) -> torch.Tensor:
         return torch.zeros(64, 256)
 
     def broken(*arguments: Any) -> torch.Tensor:
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr(doctor.linear, "linear", wrong)
-    monkeypatch.setattr(doctor.two_level_linear, "two_level_linear", broken)
+    monkeypatch.setattr(linear, "linear", wrong)
+    monkeypatch.setattr(two_level_linear, "two_level_linear", broken)
     found = {one.about: one for one in examine()}
     assert found["atom::linear"] == Finding(
         "atom::linear", "relative error 1.0e+00", "error", "the kernel is wrong here"

@@ -38,7 +38,7 @@ def hand_written(**options: Any) -> HandWritten:
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
     out = model(ids)
-    return out if isinstance(out, Tensor) else out.logits  # type: ignore[no-any-return]
+    return out if isinstance(out, Tensor) else out.logits
 
 
 def packed_names(model: nn.Module) -> set[str]:
