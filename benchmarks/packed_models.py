@@ -1,9 +1,12 @@
 """What packed models take: memory, time to load, time to a first token; writes JSON.
 
+    python benchmarks/packed_models.py save MODEL... --folder FOLDER --out FILE
     python benchmarks/packed_models.py hold --shape llama3-70b --out FILE
     python benchmarks/packed_models.py load --shape llama3-8b --folder FOLDER --out FILE
     python benchmarks/packed_models.py start --shape llama3-8b --folder FOLDER --out FILE
 
+save    models packed in place, saved, and loaded in a process of their own: bytes, and whether
+        the logits are the same, bit for bit
 hold    a model of random weights, made and packed linear by linear: the peak of memory, what is
         held afterwards, and tokens per second of one sequence
 load    seconds that from_pretrained takes, in BF16 and packed, each in processes of its own; files
@@ -29,6 +32,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -50,7 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("hold", "load", "start", "process"))
+    parser.add_argument("part", choices=("save", "hold", "load", "start", "process"))
+    parser.add_argument("models", nargs="*", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="prose-llama-5m")
     parser.add_argument("--scheme", default="w4a4")
     parser.add_argument("--folder", type=Path)
@@ -62,17 +67,47 @@ def main() -> None:
         return run_process(arguments)
     if arguments.out is None or (arguments.part != "hold" and arguments.folder is None):
         parser.error("--out FILE is needed, and but for hold --folder FOLDER")
-    parts = {"hold": hold, "load": load, "start": start}
+    parts = {"save": save, "hold": hold, "load": load, "start": start}
     numbers = parts[arguments.part](arguments)
     record = {
         "environment": describe_environment(find_device(None)),
         "part": arguments.part,
-        "shape": arguments.shape,
+        "shape": None if arguments.part == "save" else arguments.shape,
         "scheme": arguments.scheme,
         **numbers,
     }
     write_text(arguments.out, json.dumps(record, indent=1) + "\n")
     print(json.dumps(numbers, indent=1))
+
+
+@torch.no_grad()
+def save(arguments: argparse.Namespace) -> dict[str, Any]:
+    results = {}
+    for source in arguments.models:
+        model = load_model(source, dtype="auto")
+        before = model.get_memory_footprint()
+        done = atom_compile.quantize(model, arguments.scheme)
+        folder = arguments.folder / f"{source.name}-{arguments.scheme}"
+        atom_compile.save(model, folder)
+        save_file({"logits": logits(model)}, folder.with_suffix(".logits"))
+        command = [sys.executable, __file__, "process", "--folder", str(folder), "--out", "save"]
+        subprocess.run(command, check=True)
+        results[source.name] = {
+            "linears_bytes_bf16": done.bytes_before,
+            "linears_bytes": done.bytes_after,
+            "linears_ratio": done.bytes_after / done.bytes_before,
+            "model_bytes_bf16": before,
+            "model_bytes": model.get_memory_footprint(),
+            "file_bytes": file_bytes(folder),
+            "same_logits_in_another_process": True,
+        }
+    return results
+
+
+def logits(model: Any) -> torch.Tensor:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 500, (2, PROMPT_TOKENS), device=model.device)
+    return model(ids).logits.cpu()
 
 
 @torch.no_grad()
@@ -214,6 +249,12 @@ def run_process(arguments: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - before
+    if str(arguments.out) == "save":
+        with torch.no_grad():
+            same = torch.equal(
+                logits(model), load_file(arguments.folder.with_suffix(".logits"))["logits"]
+            )
+        assert same, "other logits than before it was saved"
     if str(arguments.out) == "start":
         if arguments.compile:
             packed = getattr(model, "hf_quantizer", None) is not None

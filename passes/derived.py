@@ -168,7 +168,7 @@ class LinearPart:
 
 PRODUCTS = (linear, two_level_linear)
 """Operators on (codes, scale, *packed weight, bias, residual, dtype)."""
-_MOST_AT_ONCE = 2**24  # numbers of a weight that are rounded at a time: 64 MiB for each in float32
+_MOST_AT_ONCE = 2**22  # numbers of a weight that are rounded at a time: 16 MiB for each in float32
 
 
 @dataclass(frozen=True, eq=False)
