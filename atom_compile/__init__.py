@@ -6,8 +6,9 @@ from .explain import Report, diff, explain
 from .kv_cache import KVCache
 from .quantize import Quantized, quantize
 from .recipe import Recipe
+from .saving import load, save
 from .scheme import KVScheme, Scheme
-from .transformers_quantizer import AtomConfig, load, save
+from .transformers_config import AtomConfig
 
 __all__ = [
     "AtomConfig",

@@ -15,8 +15,9 @@ from .errors import AtomError
 from .files import write_text
 from .model_folder import is_packed, load_model, load_tokenizer, read_windows
 from .recipe import Recipe
+from .saving import save
 from .scheme import Scheme
-from .transformers_quantizer import AtomConfig, save
+from .transformers_config import AtomConfig
 
 
 def pack_folder(

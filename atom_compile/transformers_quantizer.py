@@ -1,128 +1,26 @@
-"""Packed models in transformers: `save_pretrained`, `from_pretrained`, `quantization_config`.
+"""Packed models in transformers: `save_pretrained` and `from_pretrained`.
 
 Importing this module registers the method `atom_compile` with transformers.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps
-from transformers.integrations.accelerate import load_offloaded_parameter
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import FORMAT_VERSION, Contents, check_version, read_contents
+from .checkpoint import Contents, read_contents
 from .errors import CheckpointError, OptionError
-from .files import write_folder
 from .options import Options
 from .packer import Places, input_format, is_linear, make_plan, pack_group, packed_on_meta
 from .quantized_linear import QuantizedLinear, join_rows
-from .recipe import Recipe
-from .scheme import Scheme
-
-# the name that transformers prints where the package was not imported
-METHOD = "atom_compile"
-_SCHEME_FIELDS = {field.name for field in dataclasses.fields(Scheme)}
-
-
-@register_quantization_config(METHOD)
-class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What `from_pretrained(..., quantization_config=...)` takes, and config.json keeps.
-
-    scheme: a `Scheme` or a preset's name; the recipe's own by default, `w4a4` without a recipe.
-    recipe: a `Recipe`, or the path of one. Only its digest is kept.
-    include_head, skip: as among the backend's options.
-
-    The other fields are a saved model's: the names of its quantized linears, those that read one
-    activation together; what calibration chose for some of them; the digests of checkpoint.py.
-    """
-
-    def __init__(
-        self,
-        scheme: str | Scheme | Mapping[str, Any] | None = None,
-        recipe: Recipe | str | Path | None = None,
-        include_head: bool = False,
-        skip: Sequence[str] = (),
-        *,
-        linears: Sequence[Sequence[str]] | None = None,
-        choices: Mapping[str, Mapping[str, Any]] | None = None,
-        model: str | None = None,
-        content: str | None = None,
-        format_version: int = FORMAT_VERSION,
-        quant_method: str = METHOD,
-        **unknown: Any,
-    ) -> None:
-        check_version(format_version, "config.json")
-        assert quant_method == METHOD
-        self.quant_method = METHOD
-        self.linears = None if linears is None else [list(group) for group in linears]
-        self.choices = {name: dict(choice) for name, choice in (choices or {}).items()}
-        self.model, self.content = model, content
-        fields = scheme.keys() if isinstance(scheme, Mapping) else set()
-        if later := [*unknown, *(fields - _SCHEME_FIELDS)]:
-            raise CheckpointError(
-                f"config.json has fields that this version of atom_compile does not know: "
-                f"{', '.join(later)}. Upgrade atom_compile."
-            )
-        if isinstance(scheme, Mapping):
-            scheme = Scheme(**scheme)
-        saved = self.linears is not None
-        self.recipe = recipe if saved and isinstance(recipe, str) else None
-        given = {"scheme": scheme, "recipe": None if saved else recipe}
-        self.options = Options.parse({**given, "include_head": include_head, "skip": skip})
-        if self.options.recipe is not None:
-            self.recipe = self.options.recipe.digest
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
-            "scheme": dataclasses.asdict(self.options.scheme),
-            "recipe": self.recipe,
-            "include_head": self.options.include_head,
-            "skip": list(self.options.skip),
-            "linears": self.linears,
-            "choices": self.choices,
-            "model": self.model,
-            "content": self.content,
-        }
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        yield from self.to_dict().items()
-
-    def __deepcopy__(self, memo: Any) -> AtomConfig:
-        """transformers copies configurations; a recipe can be as large as the packed model."""
-        copied = copy.copy(self)
-        copied.choices = copy.deepcopy(self.choices)
-        return copied
-
-    def describe(self, model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
-        """Takes down what was quantized, and how; the recipe is not needed any more."""
-        self.options = dataclasses.replace(self.options, recipe=None)
-        self.linears = [list(group) for group in groups]
-        scheme = self.options.scheme
-        for name in (name for group in groups for name in group):
-            linear = model.get_submodule(name)
-            assert isinstance(linear, QuantizedLinear)
-            form = linear.input_format
-            plain = scheme.activation_clip, scheme.int8_groups(form.cut)
-            if (form.clip, form.int8_groups) != plain:
-                self.choices[name] = {
-                    "activation_clip": form.clip,
-                    "int8_groups": form.int8_groups,
-                }
+from .transformers_config import METHOD, AtomConfig
 
 
 @register_quantizer(METHOD)
@@ -141,6 +39,8 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
         config = self.quantization_config
         if getattr(model.config, "distributed_config", None) is not None:
             raise OptionError(
@@ -320,6 +220,8 @@ def _untied(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _separate(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, where linears share memory with copies of their own on the CPU."""
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
     state_dict: dict[str, Tensor] = model.state_dict()
     for name, one in state_dict.items():
         if one.is_meta:
@@ -367,45 +269,3 @@ def _join_loaded(linears: Sequence[QuantizedLinear]) -> None:
             f"config.json groups {len(linears)} linears that do not have one order of channels"
         )
     join_rows(linears)
-
-
-def load(path: str | Path, **kwargs: Any) -> Any:
-    """A packed model that `save`, or `save_pretrained`, wrote: as `from_pretrained` loads it.
-
-    path: a directory, or a repository's name. kwargs: `from_pretrained`'s own, such as device_map.
-
-    Raises CheckpointError for anything else, by name; see docs/loading-errors.md.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} holds no model of transformers: {error}") from error
-    quantized = getattr(config, "quantization_config", None) or {}
-    if quantized.get("quant_method") != METHOD:
-        raise CheckpointError(
-            f"{path} is no packed model: its config.json names no quantization by {METHOD}"
-        )
-    architecture = getattr(transformers, (config.architectures or ["none"])[0], None)
-    if architecture is None:
-        raise CheckpointError(f"{path} is a {config.architectures}, which transformers lacks")
-    return architecture.from_pretrained(path, **kwargs)
-
-
-def save(model: Any, path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> None:
-    """`model.save_pretrained(path)`, whole or not at all: what was there before stays until then.
-
-    tokenizer: saved beside it. kwargs: `save_pretrained`'s own, such as max_shard_size.
-
-    Raises CheckpointError for a model that `quantize` or `from_pretrained` did not pack.
-    """
-    if not isinstance(getattr(model, "hf_quantizer", None), AtomQuantizer):
-        raise CheckpointError(
-            "the model is no packed model of transformers: call atom_compile.quantize(model) first"
-        )
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder, **kwargs)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-
-    write_folder(Path(path), write)

@@ -454,6 +454,31 @@ def test_what_is_left_alone_stays(plain: Path) -> None:
     assert not [name for name in linears if "o_proj" in name or "lm_head" in name]
 
 
+@pytest.mark.parametrize("device_map", ["cpu", "auto", "disk"])
+def test_device_maps(packed: tuple[Path, Tensor], tmp_path: Path, device_map: str) -> None:
+    pytest.importorskip("accelerate")
+    path, want = packed
+    options: dict[str, Any] = {"device_map": device_map}
+    if device_map == "disk":
+        on_cpu = ("embed_tokens", "layers.0", "norm", "rotary_emb")
+        places = {f"model.{name}": "cpu" for name in on_cpu}
+        options["device_map"] = {**places, "lm_head": "cpu", "model.layers.1": "disk"}
+        options["offload_folder"] = tmp_path / "offloaded"
+    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta is (device_map == "disk")
+    assert torch.equal(logits(model, token_batch()).cpu(), want)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again"), token_batch()), want)
+
+
+def test_tensor_parallel_loading_is_refused(packed: tuple[Path, Tensor]) -> None:
+    model = tiny_llama()
+    model.config.distributed_config = object()
+    quantizer = load(packed[0]).hf_quantizer
+    with pytest.raises(OptionError, match="use device_map"):
+        quantizer.preprocess_model(model)
+
+
 def test_wrong_configurations() -> None:
     with pytest.raises(OptionError, match="unknown scheme 'w4a5'"):
         AtomConfig("w4a5")
