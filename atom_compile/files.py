@@ -26,7 +26,12 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         write(unfinished)
         if path.is_dir():
             path.rename(before)
-        unfinished.rename(path)
+        try:
+            unfinished.rename(path)
+        except BaseException:
+            if before.is_dir():
+                before.rename(path)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from .errors import AtomError
 from .files import write_text
 from .model_folder import is_packed, load_model, load_tokenizer, read_windows
 from .recipe import Recipe
-from .saving import save
+from .saving import require_replaceable, save
 from .scheme import Scheme
 from .transformers_config import AtomConfig
 
@@ -44,6 +44,7 @@ def pack_folder(
     """
     if scheme is not None:
         Scheme.preset(scheme)
+    require_replaceable(target)
     if is_packed(source):
         raise AtomError(f"{source} holds a quantized model already; give one in 16 bits")
     partial = target.with_name(f"{target.name}.partial")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,13 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 def save(model: Any, path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> None:
     """`model.save_pretrained(path)`, whole or not at all: what was there before stays until then.
 
+    path: a new or an empty directory, or one with a packed model, which is replaced as a whole.
     tokenizer: saved beside it. kwargs: `save_pretrained`'s own, such as max_shard_size.
 
-    Raises CheckpointError for a model that `quantize` or `from_pretrained` did not pack.
+    Raises CheckpointError for a directory with anything else in it, and for a model that `quantize`
+    or `from_pretrained` did not pack.
     """
+    require_replaceable(Path(path))
     if not isinstance(getattr(model, "hf_quantizer", None), AtomQuantizer):
         raise CheckpointError(
             "the model is no packed model of transformers: call atom_compile.quantize(model) first"
@@ -54,3 +58,16 @@ def save(model: Any, path: str | Path, *, tokenizer: Any = None, **kwargs: Any) 
             tokenizer.save_pretrained(folder)
 
     write_folder(Path(path), write)
+
+
+def require_replaceable(path: Path) -> None:
+    """Raises CheckpointError unless `path` is new, empty, or holds a packed model."""
+    if path.is_dir() and any(path.iterdir()):
+        config = path / "config.json"
+        known = json.loads(config.read_text()) if config.is_file() else {}
+        if known.get("quantization_config", {}).get("quant_method") != METHOD:
+            raise CheckpointError(
+                f"{path} holds other files than a packed model's: give a new directory"
+            )
+    elif path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file: give a new directory")

@@ -417,6 +417,18 @@ def test_what_is_no_packed_model(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"call atom_compile.quantize\(model\) first"):
         save(tiny_llama(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    model = tiny_llama(layers=1)
+    quantize(model, progress=False)
+    (tmp_path / "precious").write_text("text")
+    for path, message in ((tmp_path, "holds other files"), (tmp_path / "precious", "is a file")):
+        with pytest.raises(CheckpointError, match=message):
+            save(model, path)
+    with pytest.raises(CheckpointError, match="holds other files"):
+        save(model, plain)
+    (tmp_path / "empty").mkdir()
+    save(model, tmp_path / "empty")
+    save(model, tmp_path / "empty")
+    assert (tmp_path / "precious").read_text() == "text"
 
 
 def test_an_interrupted_save_leaves_what_was_there(

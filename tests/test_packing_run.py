@@ -117,6 +117,8 @@ def test_wrong_options_write_nothing(options: list[Any], message: str, tmp_path:
 
 
 def test_a_packed_model_is_not_packed_again(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(AtomError, match="holds other files than a packed model's"):
+        pack_folder(MODEL, MODEL, "w4a4")
     with pytest.raises(AtomError, match="quantized model already"):
         pack_folder(packed, tmp_path / "out", "w4a4")
 
