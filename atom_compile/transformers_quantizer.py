@@ -158,6 +158,7 @@ class _Packer:
         self._places = Places(model)
         self._group_of = {name: group for group in plan.groups for name in group}
         self._linears = {name: model.get_submodule(name) for name in self._group_of}
+        self._arrived: set[str] = set()
         before = after = 0
         for linear in self._linears.values():
             packed = packed_on_meta(linear, options.scheme)
@@ -168,22 +169,23 @@ class _Packer:
     def take(self, parameter: str, weight: Tensor) -> None:
         name = parameter.removesuffix(".weight")
         self._linears[name].weight = nn.Parameter(weight, requires_grad=False)
+        self._arrived.add(name)
         group = self._group_of[name]
-        if any(self._linears[one].weight.is_meta for one in group):
+        if not self._arrived.issuperset(group):
             return
         packed = pack_group({one: self._linears[one] for one in group}, self._options)
         for one, linear in packed.items():
-            mark_initialized(linear)
+            _mark_initialized(linear)
             self._places.replace(self._linears.pop(one), linear)
 
     def finish(self) -> None:
         """Raises CheckpointError for weights that never came."""
         if self._linears:
-            name = next(iter(self._linears))
-            raise CheckpointError(f"the 16-bit checkpoint lacks {name}.weight, or what it reads")
+            missing = next(name for name in self._linears if name not in self._arrived)
+            raise CheckpointError(f"the 16-bit checkpoint lacks {missing}.weight")
 
 
-def mark_initialized(module: nn.Module) -> None:
+def _mark_initialized(module: nn.Module) -> None:
     """Tells transformers, which fills weights that no file had, that these are not to be filled."""
     marked: Any
     for marked in (module, *(one for one in module.parameters() if not one.is_meta)):

@@ -148,6 +148,7 @@ class InputTransform:
         return self.order.signature(), self.cut, self.rotation
 
     def known(self, tensors: Mapping[Node, Tensor]) -> Transform:
+        """With the order that these weights give."""
         return Transform(self.order.indices(tensors), self.cut, self.rotation)
 
 

@@ -458,6 +458,17 @@ def test_an_interrupted_save_leaves_what_was_there(
         load(tmp_path / "part")
 
 
+def test_a_16_bit_weight_that_is_missing(plain: Path, tmp_path: Path) -> None:
+    for file in plain.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with safe_open(shards(plain)[0], framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    del tensors[f"{Q_PROJ}.weight"]
+    save_file(tensors, shards(tmp_path)[0], metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"the 16-bit checkpoint lacks {Q_PROJ}.weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=AtomConfig())
+
+
 def test_what_is_left_alone_stays(plain: Path) -> None:
     config = AtomConfig(skip=["*.o_proj.weight"])
     model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=config)
