@@ -58,6 +58,7 @@ class QuantizedLinear(nn.Module):
 
     weight: nn.Parameter
     order: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,10 +72,8 @@ class QuantizedLinear(nn.Module):
         self.input_format = input_format
         self.kind: Any = type(packed)
         self.first_row = 0
-        for name, tensor in packed._asdict().items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        self.order = _parameter(order)
-        self.bias = None if bias is None else _parameter(bias)
+        for name, tensor in (*packed._asdict().items(), ("order", order), ("bias", bias)):
+            self.register_parameter(name, None if tensor is None else _parameter(tensor))
 
     @property
     def packed(self) -> PackedWeight | TwoLevelWeight:
