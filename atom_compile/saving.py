@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers import AutoConfig
-
 from .errors import CheckpointError
 from .files import write_folder
 from .transformers_config import METHOD
@@ -22,8 +19,10 @@ def load(path: str | Path, **kwargs: Any) -> Any:
 
     Raises CheckpointError for anything else, by name; see docs/loading-errors.md.
     """
+    import transformers  # of which the package's own import needs only some modules
+
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} holds no model of transformers: {error}") from error
     quantized = getattr(config, "quantization_config", None) or {}
