@@ -89,11 +89,11 @@ def rewrite(gm: GraphModule, options: Options, keep_graphs: bool = False) -> Rew
     )
     left = [plan for plan in run.planned if plan.transform is None]
     log.info(
-        "%d of %d linears rewritten, %d packed already, in %.0f ms",
+        "%d of %d linears rewritten in %.0f ms; %d packed already",
         len(run.planned) - len(left),
         len(run.planned),
-        len(run.held),
         sum(stage.milliseconds for stage in run.record.stages),
+        len(run.held),
     )
     unwanted = [plan for plan in left if not plan.left_by_choice]
     nothing = len(left) == len(run.planned) and not run.held
