@@ -89,13 +89,15 @@ def rewrite(gm: GraphModule, options: Options, keep_graphs: bool = False) -> Rew
     )
     left = [plan for plan in run.planned if plan.transform is None]
     log.info(
-        "%d of %d linears rewritten in %.0f ms",
+        "%d of %d linears rewritten in %.0f ms; %d packed already",
         len(run.planned) - len(left),
         len(run.planned),
         sum(stage.milliseconds for stage in run.record.stages),
+        len(run.held),
     )
     unwanted = [plan for plan in left if not plan.left_by_choice]
-    if unwanted and len(left) == len(run.planned) and not options.allow_unchanged:
+    nothing = len(left) == len(run.planned) and not run.held
+    if unwanted and nothing and not options.allow_unchanged:
         reasons = "\n".join(f"  {plan.found.name}: {plan.reason}" for plan in unwanted[:8])
         raise NothingRewrittenError(
             f"not one of {len(left)} linears can be quantized:\n{reasons}\n"

@@ -1,4 +1,4 @@
-"""`atom-compile explain | bench | plot | calibrate | eval | tune`."""
+"""The commands of `atom-compile`; `atom-compile --help` lists them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 import typer
 from rich.console import Console, ConsoleRenderable, RichCast
 from rich.text import Text
-from torch import Tensor
 
 from . import bench as benchmark
 from . import tune as tuning
@@ -25,12 +24,15 @@ from .bench.shapes import find_device
 from .calibrate import calibrate as calibrate_model
 from .comparison import Tasks, compare
 from .comparison import Text as EvaluatedText
+from .doctor import as_table, examine
 from .errors import AtomError, OptionError
-from .evaluate import read_dataset, read_text, text_windows
+from .evaluate import read_dataset, read_text
 from .explain import diff as diff_reports
 from .explain import explain as explain_model
 from .kernels import tuning as kernel_tuning
 from .kv_cache import KVCache
+from .model_folder import is_packed, load_model, load_tokenizer, read_windows, require_model
+from .packing_run import pack_folder
 from .scheme import Scheme
 
 P = ParamSpec("P")
@@ -123,7 +125,7 @@ def explain(
     if difference is not None:
         return _explain_difference(*difference, html, as_json)
     assert model_dir is not None
-    model = _load_model(model_dir)
+    model = load_model(model_dir)
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(model.device)
@@ -204,8 +206,8 @@ def calibrate(
     ] = None,
 ) -> None:
     """Run a model on text, choose orders, clips and precisions, round weights; save a recipe."""
-    model = _load_model(model_dir)
-    input_ids = _read_windows(model_dir, text, windows, length).to(model.device)
+    model = load_model(model_dir)
+    input_ids = read_windows(model_dir, text, windows, length).to(model.device)
     batches = [{"input_ids": window[None], "use_cache": False} for window in input_ids]
     recipe = calibrate_model(
         model,
@@ -225,6 +227,99 @@ def calibrate(
             f", {len(recipe.rounded)} rounded, {recipe.lifted} with more than the scheme's bits"
         )
     Console().print(f"wrote {out}: {found}", soft_wrap=True)
+
+
+@app.command()
+@_reports_errors
+def quantize(
+    model_dir: ModelDir,
+    out: Annotated[Path, typer.Argument(help="The directory to write the packed model to.")],
+    scheme: Annotated[
+        str | None, typer.Option(help="By default the recipe's own, or w4a4.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text to calibrate on, with GPTQ: better than without.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Instead: a recipe that `atom-compile calibrate` wrote.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="How many pieces of the text to run.")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="How many tokens a piece holds.")] = 512,
+    include_head: Annotated[
+        bool, typer.Option("--include-head", help="Quantize the output head as well.")
+    ] = False,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="A pattern of parameter names to leave: '*.o_proj.weight'. Repeatable."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="The largest file to write.")] = "5GB",
+) -> None:
+    """Write a packed INT4 model that transformers loads; interrupted, the same call goes on."""
+    if recipe is not None and calibration is not None:
+        raise OptionError("quantize takes --recipe or --calibration, not both")
+    model = pack_folder(
+        model_dir,
+        out,
+        scheme,
+        recipe=recipe,
+        calibration=calibration,
+        windows=windows,
+        length=length,
+        include_head=include_head,
+        skip=tuple(skip or ()),
+        max_shard_size=max_shard_size,
+    )
+    count = sum(len(group) for group in model.config.quantization_config.linears)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    Console().print(f"wrote {out}: {count} linears packed, {size / 1e6:,.1f} MB", soft_wrap=True)
+
+
+@app.command()
+@_reports_errors
+def generate(
+    model_dir: ModelDir,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 64,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="Keys and values in a cache: kv4, kv4-rotated, kv8, kv16.")
+    ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw tokens at random, not always the likeliest.")
+    ] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the model with this backend; by default on a GPU alone.",
+        ),
+    ] = None,
+) -> None:
+    """Write text with a model, packed or in 16 bits (then --compile quantizes it)."""
+    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    cache: dict[str, Any] = {}
+    if kv_cache is not None:
+        room = inputs["input_ids"].shape[1] + tokens
+        cache["past_key_values"] = KVCache(model.config, 1, room, kv_cache, device=model.device)
+    if model.device.type == "cuda" if compiled is None else compiled:
+        model.compile(backend="atom")
+    written = model.generate(
+        **inputs, **cache, max_new_tokens=tokens, do_sample=sample, pad_token_id=0
+    )
+    print(tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+@app.command()
+@_reports_errors
+def doctor() -> None:
+    """Say what is installed, what can run here, and what is known to go wrong.
+
+    Exits with status 1 if something will not work.
+    """
+    findings = examine()
+    Console().print(as_table(findings))
+    if any(one.status == "error" for one in findings):
+        raise typer.Exit(1)
 
 
 @app.command(name="eval")
@@ -309,18 +404,27 @@ def evaluate(
         typer.Option(help="A folder for the tables (.txt), the numbers (.json), the plot (.png)."),
     ] = None,
 ) -> None:
-    """Measure what INT4 costs a model: perplexity, tasks, noise of each linear, beside 16 bits."""
+    """Measure what INT4 costs a model: perplexity, tasks, noise of each linear, beside 16 bits.
+
+    A packed model is measured by itself.
+    """
     names = _parse_names(tasks)
     _check_evaluation(text, dataset, names, task_dir)
     schemes: list[str | None] = [one for given in scheme or [] for one in _parse_names(given)]
     for name in schemes:
         Scheme.preset(str(name))
-    if not schemes:
+    require_model(model_dir)
+    if is_packed(model_dir):
+        if schemes or recipe:
+            raise OptionError(
+                "the model is packed already and is measured as it is: leave --scheme and --recipe "
+                "out, or give the 16-bit model"
+            )
+    elif not schemes:
         schemes = [None if recipe else "w4a4"]
-    _require_model(model_dir)
     content = read_text(text) if text else read_dataset(dataset) if dataset else None
-    model = _load_model(model_dir)
-    tokenizer = _load_tokenizer(model_dir)
+    model = load_model(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     evaluated = None
     if content is not None:
         evaluated = EvaluatedText.of(
@@ -603,45 +707,6 @@ def _parse_numbers(option: str, text: str | None) -> list[int] | None:
         raise OptionError(
             f"--{option} is {text!r}; it must be whole numbers such as 1,16,64"
         ) from None
-
-
-def _load_model(folder: Path) -> Any:
-    """In its own precision on a GPU, in float32 on a CPU."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    _require_model(folder)
-    logging.disable_progress_bar()
-    on_gpu = torch.cuda.is_available()
-    dtype: Any = "auto" if on_gpu else torch.float32
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise AtomError(f"transformers cannot load the model in {folder}: {error}") from error
-    return model.to("cuda" if on_gpu else "cpu").eval()
-
-
-def _require_model(folder: Path) -> None:
-    if not folder.is_dir():
-        raise AtomError(f"{folder} is no directory; give one that save_pretrained wrote")
-    if not (folder / "config.json").is_file():
-        raise AtomError(
-            f"{folder} holds no config.json; give a directory that save_pretrained wrote"
-        )
-
-
-def _read_windows(folder: Path, text: Path, windows: int, length: int) -> Tensor:
-    if not text.is_file():
-        raise AtomError(f"{text} is no file; give the text to calibrate on")
-    return text_windows(_load_tokenizer(folder), text.read_text(encoding="utf-8"), windows, length)
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _make_parent(path: Path) -> None:

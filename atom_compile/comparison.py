@@ -206,11 +206,13 @@ def compare(
     name: str = "model",
     progress: bool = True,
 ) -> Comparison:
-    """Runs the 16-bit model as it is and each scheme's rewritten graph, on the same tokens.
+    """Runs the model as it is, in 16 bits or packed, and each scheme's rewritten graph, on the same
+    tokens.
 
     model: a causal language model of transformers, in eval mode; it stays as it is.
     schemes: presets; None is the recipe's own. recipe: a `Recipe`, or the path of one.
-    kv_cache: a KV scheme that the quantized models' keys and values go through.
+    kv_cache: a KV scheme that the quantized models' keys and values go through; without schemes the
+        model's own.
     layers: measure every linear's signal-to-noise ratio, on up to 4 of the text's windows.
     batch: windows, or requests of a task, at a time.
     compiled: the rewritten graphs go through Inductor; by default on a GPU. On a CPU that takes
@@ -228,8 +230,9 @@ def compare(
     runner = _Runner(model, config, tokenizer, text, tasks, batch, progress)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     compiled = runner.device.type == "cuda" if compiled is None else compiled
-    variants = [Variant(dtype)]
-    runner.measure(model, variants[0], None)
+    packed = getattr(config, "quantization_config", None) is not None
+    variants = [Variant(f"packed, {dtype}" if packed else dtype)]
+    runner.measure(model, variants[0], None if schemes else kv_cache)
     for scheme, of_backend in zip(schemes, options, strict=True):
         variant = _variant(scheme, kv_cache)
         backend = atom if compiled else run_references

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,3 +94,15 @@ def source_name(node: torch.fx.Node) -> str:
     """How the frame reaches a placeholder: "L['self']._modules['mlp']._parameters['weight']"."""
     name = node._dynamo_source.name  # type: ignore[attr-defined]
     return str(name() if callable(name) else name)  # a method before torch 2.12
+
+
+def inductor_cache() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def triton_cache() -> Path:
+    """Where Triton keeps compiled kernels; Inductor gives it a folder of its own in a compile."""
+    home = os.environ.get("TRITON_HOME", str(Path.home()))
+    return Path(os.environ.get("TRITON_CACHE_DIR", str(Path(home) / ".triton" / "cache")))

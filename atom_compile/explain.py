@@ -22,10 +22,12 @@ from .backend import refuse_training, rewrite
 from .capture import captured
 from .errors import AtomError, OptionError, unknown
 from .files import write_text
+from .kernels.formats import FORMATS
 from .options import Options
 from .passes.derived import operands_of
 from .passes.graphs import value
 from .passes.linears import is_weight
+from .passes.packed import HeldLinear
 from .passes.pipeline import Rewrite
 from .passes.plan import PlannedLinear
 from .passes.record import operator_name
@@ -220,7 +222,60 @@ def _layers(run: Rewrite) -> list[Layer]:
     for node in run.gm.graph.nodes:
         if "atom_packed" in node.meta:
             products |= {part.weight.name: node for part in node.meta["atom_packed"].parts}
-    return [_layer(run, plan, products.get(plan.found.name)) for plan in run.planned]
+    held = [_held_layer(run, one, products[one.parts[0].weight.name]) for one in run.held]
+    return held + [_layer(run, plan, products.get(plan.found.name)) for plan in run.planned]
+
+
+def _held_layer(run: Rewrite, held: HeldLinear, product: Node) -> Layer:
+    """A linear that the model holds packed."""
+    (part,) = held.parts
+    operator, quantized_by = _operators(product)
+    taken = _share_of_bytes(product, part.out_features)
+    return Layer(
+        part.weight.name,
+        part.out_features,
+        held.in_features,
+        operator,
+        quantized_by,
+        weight_bits=_weight_bits(product),
+        activation_bits=_activation_bits(product),
+        outlier_channels=held.layout.outlier_channels,
+        weight_bytes_before=taken,
+        weight_bytes_after=taken,
+        error=None,
+        remarks=_remarks(run, part.weight.name),
+    )
+
+
+def _operators(product: Node) -> tuple[str, str | None]:
+    """The product with what its epilogue adds, and what quantizes its input, if anything does."""
+    extras = [name for name, at in (("bias", -3), ("residual", -2)) if product.args[at] is not None]
+    activation, _ = operands_of(product)
+    quantized_by = operator_name(activation[0].args[0]) if len(activation) > 1 else None
+    return " + ".join([operator_name(product), *extras]), quantized_by
+
+
+def _weight_bits(product: Node) -> int:
+    """Integers of fewer bits lie in four as well."""
+    format = str(product.kwargs.get("format", "int"))
+    return 4 if format == "int" else FORMATS[format].bits
+
+
+def _activation_bits(product: Node) -> int:
+    """Every operator that quantizes takes a number `bits`."""
+    activation, _ = operands_of(product)
+    if len(activation) == 1:
+        return 16
+    quantize: Any = activation[0].args[0]
+    names = [argument.name for argument in quantize.target._schema.arguments]
+    return int(quantize.args[names.index("bits")])
+
+
+def _share_of_bytes(product: Node, out_features: int) -> int:
+    """Each packed tensor has a row per output: a merged product's rows are its linears'."""
+    _, weight = operands_of(product)
+    rows = product.meta["atom_packed"].out_features
+    return sum(_bytes(one) for one in weight if one is not None) * out_features // int(rows)
 
 
 def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
@@ -230,17 +285,9 @@ def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
     before = after = _bytes(found.weight)
     if rewritten:
         assert product is not None
-        extras = [
-            name for name, at in (("bias", -3), ("residual", -2)) if product.args[at] is not None
-        ]
-        operator = " + ".join([operator_name(product), *extras])
-        activation, weight = operands_of(product)
-        if len(activation) > 1:
-            quantized_by = operator_name(activation[0].args[0])
-        # each packed tensor has a row per output: a merged product's rows are its layers'
+        operator, quantized_by = _operators(product)
         packed = product.meta["atom_packed"]
-        packed_bytes = sum(_bytes(one) for one in weight if one is not None)
-        after = packed_bytes * found.out_features // packed.out_features
+        after = _share_of_bytes(product, found.out_features)
     return Layer(
         found.name,
         found.out_features,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .content import content_hash
 from .errors import RecipeError, unknown
 from .files import write_whole
 from .kernels.packing import (
@@ -212,16 +214,27 @@ class Recipe:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, whole or not at all."""
-        header = {
-            "scheme": asdict(self.scheme),
-            "shapes": self.shapes,
-            "layers": {name: asdict(choice) for name, choice in self.layers.items()},
-        }
         metadata = {
             "format": _FORMAT,
             "version": str(_FORMAT_VERSION),
-            "recipe": json.dumps(header),
+            "recipe": self._header(),
         }
+        save_whole(self._tensors(), metadata, path)
+
+    @property
+    def digest(self) -> str:
+        """Of all that a file of it holds: what was quantized with this recipe remembers it."""
+        digest = hashlib.sha256(self._header().encode())
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(f"{name} {content_hash(tensor)}".encode())
+        return digest.hexdigest()
+
+    def _header(self) -> str:
+        layers = {name: asdict(choice) for name, choice in self.layers.items()}
+        header = {"scheme": asdict(self.scheme), "shapes": self.shapes, "layers": layers}
+        return json.dumps(header)
+
+    def _tensors(self) -> dict[str, Tensor]:
         tensors = {
             name: one.float().cpu().contiguous() for name, one in self.hessian_diagonal.items()
         }
@@ -229,7 +242,7 @@ class Recipe:
             tensors[f"{name}{_SEPARATOR}order"] = order.to(torch.int32).cpu().contiguous()
         for name, rounded in self.rounded.items():
             tensors |= rounded_to_tensors(name, rounded)
-        save_whole(tensors, metadata, path)
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

@@ -23,7 +23,7 @@ from .arrivals import arrivals_of
 from .devices import multiprocessors
 from .library import define
 from .linear_hopper import HopperTiling
-from .packing import GroupLayout, unpack_int4
+from .packing import GroupLayout, rows_per_group, unpack_int4
 
 
 def reference(
@@ -175,6 +175,7 @@ def linear_kernel(
     arrivals_ptr,
     M,
     N,
+    weight_rows,
     num_groups,
     codes_stride,
     HALF_GROUP: tl.constexpr,
@@ -192,8 +193,9 @@ def linear_kernel(
     """One tile of out^T = weight codes^T: a weight on the left stays in registers, unpacked.
 
     Programs along the grid's second axis split K: each leaves a float32 partial sum, and the last
-    to arrive adds them up in order. TWO_LEVEL: group scales are INT8 factors of a row's scale, and
-    a token has one scale (two_level_linear.py).
+    to arrive adds them up in order. A group begins `weight_rows` rows after the one before: N, or
+    more where the weight is part of a larger one. TWO_LEVEL: group scales are INT8 factors of a
+    row's scale, and a token has one scale (two_level_linear.py).
     """
     GROUP: tl.constexpr = 2 * HALF_GROUP
     OUTLIERS_FIRST: tl.constexpr = BLOCK_M >= 64 and not TWO_LEVEL
@@ -244,17 +246,21 @@ def linear_kernel(
 
     first = split * num_groups // splits
     end = (split + 1) * num_groups // splits
-    group_scale = tl.load(group_scale_ptr + tl.cast(first, tl.int64) * N + n, mask=live_n, other=0)
+    group_scale = tl.load(
+        group_scale_ptr + tl.cast(first, tl.int64) * weight_rows + n, mask=live_n, other=0
+    )
     scale = tl.load(
         scale_ptr + tl.cast(0 if TWO_LEVEL else first, tl.int64) * M + m, mask=live_m, other=0.0
     )
     for group in range(first, end):
         # Triton does not pipeline loads this small: they are fetched one step ahead
         following = tl.cast(tl.minimum(group + 1, num_groups - 1), tl.int64)
-        next_group_scale = tl.load(group_scale_ptr + following * N + n, mask=live_n, other=0)
+        next_group_scale = tl.load(
+            group_scale_ptr + following * weight_rows + n, mask=live_n, other=0
+        )
         if not TWO_LEVEL:
             next_scale = tl.load(scale_ptr + following * M + m, mask=live_m, other=0.0)
-        packed = tl.load(weight_tile + tl.cast(group, tl.int64) * N * HALF_GROUP).to(
+        packed = tl.load(weight_tile + tl.cast(group, tl.int64) * weight_rows * HALF_GROUP).to(
             tl.int8, bitcast=True
         )
         codes = tl.load(codes_tile + group * GROUP)
@@ -410,6 +416,8 @@ def multiply(
         codes, scale, weight, group_scale, row_scale, outlier_weight, outlier_scale, bias, residual,
         out,
     )  # fmt: skip
+    if isinstance(tiling, HopperTiling) and not linear_hopper.is_aligned(weight, group_scale):
+        tiling = default_tiling(M, N, num_groups, multiprocessors(codes.device))
     if isinstance(tiling, Tiling):
         _launch(*arguments, tiling)
     else:
@@ -460,6 +468,7 @@ def _launch(
         arrivals,
         M,
         N,
+        rows_per_group(weight),
         num_groups,
         codes.shape[-1],
         HALF_GROUP=half_group,

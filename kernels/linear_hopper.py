@@ -33,6 +33,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .arrivals import arrivals_of
 from .devices import is_hopper
+from .packing import rows_per_group
 
 _OUTLIER_STEP = 64  # outliers that fill a stage: as many bytes as a group's packed row
 _ROLE_REGISTERS = 240  # of a thread that multiplies; one that loads needs no more than 24
@@ -106,6 +107,7 @@ def _load(
     empty,
     M,
     N,
+    weight_rows,
     num_groups,
     whole_tiles,
     outliers_at,
@@ -139,14 +141,14 @@ def _load(
             mbarrier.expect(ready, BLOCK_M * GROUP + BLOCK_N * GROUP // 2)
             # past the last row TMA reads the next group's rows or zeros: neither is stored
             tma.async_copy_global_to_shared(
-                weight_desc, [group * N + n0, 0], ready, weight_ring.index(stage)
+                weight_desc, [group * weight_rows + n0, 0], ready, weight_ring.index(stage)
             )
             tma.async_copy_global_to_shared(
                 codes_desc, [m0, group * GROUP], ready, codes_ring.index(stage)
             )
             async_copy.async_copy_global_to_shared(
                 group_scale_ring.index(stage),
-                group_scale_ptr + gl.cast(group, gl.int64) * N + n,
+                group_scale_ptr + gl.cast(group, gl.int64) * weight_rows + n,
                 mask=n < N,
             )
             if not TWO_LEVEL:
@@ -481,6 +483,7 @@ def linear_hopper_kernel(
     arrivals_ptr,
     M,
     N,
+    weight_rows,
     num_groups,
     whole_tiles,
     outliers_at,
@@ -526,8 +529,9 @@ def linear_hopper_kernel(
             )),
             (_load, (
                 codes_desc, weight_desc, outlier_desc, scale_ptr, group_scale_ptr, codes_ring,
-                weight_ring, scale_ring, group_scale_ring, full, empty, M, N, num_groups,
-                whole_tiles, outliers_at, OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCK_N, BAND, STAGES,
+                weight_ring, scale_ring, group_scale_ring, full, empty, M, N, weight_rows,
+                num_groups, whole_tiles, outliers_at, OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCK_N,
+                BAND, STAGES,
             )),
         ],
         [4, 1],
@@ -561,6 +565,11 @@ def fits(device: torch.device, N: int, group_size: int, outliers: int) -> bool:
     """Whether this kernel can compute a product of these sizes."""
     aligned = N % 16 == 0 and group_size == 2 * _OUTLIER_STEP
     return is_hopper(device) and aligned and outliers <= 4 * _OUTLIER_STEP
+
+
+def is_aligned(weight: Tensor, group_scale: Tensor) -> bool:
+    """Whether rows that are part of a larger weight begin where cp.async can read their scales."""
+    return rows_per_group(weight) % 16 == 0 and group_scale.data_ptr() % 16 == 0
 
 
 def tilings(two_level: bool) -> list[HopperTiling]:
@@ -641,7 +650,10 @@ def launch(
         programs = min(multiprocessors, (tiles - whole) * num_groups)
         partial = out.new_empty(2 * programs, 128, block_m, dtype=torch.float32)
         arrivals = arrivals_of(out.device).counters(2 * (tiles - whole))
-    weight_desc = _descriptor(weight.view(-1, half_group), 128 * blocks, half_group)
+    weight_rows = rows_per_group(weight)
+    all_rows = (num_groups - 1) * weight_rows + N  # those between two groups' own included
+    stored = weight.as_strided((all_rows, half_group), (half_group, 1))
+    weight_desc = _descriptor(stored, 128 * blocks, half_group)
     linear_hopper_kernel[(programs,)](
         _descriptor(codes.view(M, width), block_m, 2 * half_group),
         weight_desc,
@@ -657,6 +669,7 @@ def launch(
         arrivals,
         M,
         N,
+        weight_rows,
         num_groups,
         whole,
         width - outliers,

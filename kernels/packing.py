@@ -12,7 +12,9 @@ then cut:
   tokens reads its scales contiguously. With a scale per token all groups share the first.
 * Weights `(N, K)` become `weight (G, N, group_size / 2)` uint8, `weight_scale (G, N)` bfloat16,
   `outlier_weight (N, outlier_channels)` int8 and `outlier_scale (N,)` float32. A block of rows of
-  one group is contiguous memory. Two codes share a byte so that unpacking needs no interleave:
+  one group is contiguous memory. Some rows of a larger weight (see `narrow_rows`) are a weight too:
+  its groups then lie further apart, those of its scales just as far. Two codes share a byte so that
+  unpacking needs no interleave:
 
     byte j of a row of a group:   bits 7..4 = channel j + group_size/2      bits 3..0 = channel j
 
@@ -388,6 +390,34 @@ def concatenate_rows(weights: Sequence[Packed]) -> Packed:
     tensors = zip(_row_dims(weights[0]), *weights, strict=True)
     joined: Any = (None if parts[0] is None else torch.cat(parts, dim) for dim, *parts in tensors)
     return type(weights[0])(*joined)
+
+
+def narrow_rows(packed: Packed, start: int, count: int) -> Packed:
+    """The packed weight of `weight[start : start + count]`, without a copy."""
+    narrowed: Any = (
+        None if one is None else torch.narrow(one, dim, start, count)
+        for one, dim in zip(packed, _row_dims(packed), strict=True)
+    )
+    return type(packed)(*narrowed)
+
+
+def empty_rows(packed: Packed, count: int) -> Packed:
+    """A packed weight of `count` rows without values, in dtypes, width and place like `packed`."""
+    empty: Any = (
+        None if one is None else one.new_empty(*one.shape[:dim], count, *one.shape[dim + 1 :])
+        for one, dim in zip(packed, _row_dims(packed), strict=True)
+    )
+    return type(packed)(*empty)
+
+
+def num_rows(packed: AnyWeight | FloatWeight) -> int:
+    """N."""
+    return packed[0].shape[_row_dims(packed)[0]]
+
+
+def rows_per_group(weight: Tensor) -> int:
+    """How many rows after its beginning the next group of a packed `weight` begins."""
+    return weight.stride(0) // weight.shape[2]
 
 
 def _row_dims(packed: Packed) -> list[int]:

@@ -19,7 +19,10 @@ from torch.fx import Node
 from ..kernels.linear import linear
 from ..kernels.packing import (
     AnyWeight,
+    GroupedWeight,
     GroupLayout,
+    PackedWeight,
+    TwoLevelWeight,
     concatenate_rows,
     pack_grouped,
     pack_two_level,
@@ -123,8 +126,12 @@ class ChannelOrder:
         first = self.weights[0]
         if self.recipe is not None:
             return self.recipe.order(tensors[first.node], first.name).to(tensors[first.node].device)
-        columns = [weight.read(tensors).float().square().sum(0) for weight in self.weights]
-        power = torch.stack(columns).sum(0)
+        # a norm is taken in float32 without a copy of the weight in it
+        norms = [
+            torch.linalg.vector_norm(weight.read(tensors), dim=0, dtype=torch.float32)
+            for weight in self.weights
+        ]
+        power = torch.stack(norms).square().sum(0)
         if self.kept:
             return torch.arange(len(power), device=power.device)
         ascending = power.argsort(descending=not self.descending, stable=True)
@@ -151,9 +158,9 @@ class InputTransform:
     def signature(self) -> Hashable:
         return self.order.signature(), self.cut, self.rotation
 
-    def apply(self, rows: Tensor, tensors: Mapping[Node, Tensor]) -> Tensor:
-        """Activations or a weight (*, K) -> (*, layout.width), float32 if there is a rotation."""
-        return Transform(self.order.indices(tensors), self.cut, self.rotation).apply(rows)
+    def known(self, tensors: Mapping[Node, Tensor]) -> Transform:
+        """With the order that these weights give."""
+        return Transform(self.order.indices(tensors), self.cut, self.rotation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +181,7 @@ class LinearPart:
 PRODUCTS = {linear: 2, two_level_linear: 2, weight_only_linear: 1}
 """Operators on (codes, scale, *packed weight, bias, residual, dtype), or on x instead of the first
 two, and how many of the operands are the activation's."""
+_MOST_AT_ONCE = 2**22  # numbers of a weight that are rounded at a time: 16 MiB for each in float32
 
 
 def operands_of(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -220,6 +228,13 @@ class PackedLinear:
         return {} if self.format == "int" else {"format": self.format}
 
     @property
+    def kind(self) -> type[AnyWeight]:
+        """Of the packed weight, the first tensors that `compute` gives; the last is the bias."""
+        if self.weight_only:
+            return GroupedWeight
+        return TwoLevelWeight if self.layout.per_token else PackedWeight
+
+    @property
     def has_bias(self) -> bool:
         return any(part.bias is not None for part in self.parts)
 
@@ -258,7 +273,13 @@ class PackedLinear:
         return *concatenate_rows(packed), torch.cat(biases) if self.has_bias else None
 
     def _round(self, weight: Tensor, tensors: Mapping[Node, Tensor]) -> AnyWeight:
-        columns = self.transform.apply(weight, tensors)
+        transform = self.transform.known(tensors)
+        at_once = max(1, _MOST_AT_ONCE // weight.shape[1])
+        return concatenate_rows(
+            [self._round_rows(transform.apply(rows)) for rows in weight.split(at_once)]
+        )
+
+    def _round_rows(self, columns: Tensor) -> AnyWeight:
         if self.weight_only:
             numbers = self.bits, self.clip, self.symmetric, self.format
             return pack_grouped(columns, self.layout, *numbers)

@@ -42,7 +42,8 @@ def fold_reorders(gm: GraphModule, record: Record) -> GraphModule:
     quantize after it takes it in.
     """
     for node in list(gm.graph.nodes):
-        if is_call(node, reorder):
+        # a weight that the model holds packed stays as it is, and so does an order that it holds
+        if is_call(node, reorder) and "atom_derived" in node.args[1].meta:
             producers = _producers(node)
             if producers:
                 _fold(node, producers, record)
@@ -76,11 +77,15 @@ def _producers(node: Node) -> list[tuple[Node, int]]:
 def _part(node: Node) -> tuple[Node, int] | None:
     """A whole linear, or one that was merged with others."""
     if is_call(node, *PRODUCTS):
-        packed: PackedLinear = node.meta["atom_packed"]
+        packed = node.meta.get("atom_packed")
+        if not isinstance(packed, PackedLinear):
+            return None
         return (node, 0) if len(packed.parts) == 1 and node.args[-2] is None else None
     if is_call(node, operator.getitem) and "atom_part" in node.meta:
-        assert isinstance(node.args[0], Node)
-        return node.args[0], node.meta["atom_part"]
+        product = node.args[0]
+        assert isinstance(product, Node)
+        merged = isinstance(product.meta["atom_packed"], PackedLinear)
+        return (product, node.meta["atom_part"]) if merged else None
     return None
 
 

@@ -18,6 +18,7 @@ from .folding import fold_reorders
 from .graphs import copy_graph_module
 from .insertion import insert_quantization
 from .linears import find_linears
+from .packed import HeldLinear, find_packed
 from .plan import PlannedLinear, plan_linears
 from .quantize_fusion import fuse_quantize
 from .record import Record
@@ -44,6 +45,8 @@ class Rewrite:
     skip: Sequence[str]
     record: Record
     planned: list[PlannedLinear] = field(default_factory=list)
+    held: list[HeldLinear] = field(default_factory=list)
+    """The linears whose weights the model holds packed."""
     attentions: list[FoundAttention] = field(default_factory=list)
     unknown_attentions: list[str] = field(default_factory=list)
     arguments: tuple[Node, ...] = ()
@@ -54,6 +57,7 @@ def _plan(run: Rewrite) -> GraphModule:
     run.attentions = find_attentions(run.gm.graph)
     run.unknown_attentions = find_unknown(run.gm.graph, run.attentions)
     run.record.remark(run.unknown_attentions, "a softmax that is not recognised as attention")
+    run.held = find_packed(run.gm, run.record)
     found = find_linears(run.gm, run.names)
     run.planned = plan_linears(found, run.scheme, run.recipe, run.include_head, run.skip)
     for plan in run.planned:

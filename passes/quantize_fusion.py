@@ -20,6 +20,7 @@ from .gates import match_gate
 from .graphs import erase_unused, is_call, swapped_dims, value
 from .insertion import quantized_pair
 from .norms import match_norm
+from .packed import HeldLinear
 from .record import Record
 
 
@@ -113,7 +114,7 @@ def _replace_pair(node: Node, pair: tuple[Node, Node]) -> list[str]:
         assert is_call(item, operator.getitem)
         for reader in item.users:
             if item.args[1] == 0:
-                packed: PackedLinear = reader.meta["atom_packed"]
+                packed: PackedLinear | HeldLinear = reader.meta["atom_packed"]
                 names += [part.weight.name for part in packed.parts]
         item.replace_all_uses_with(pair[item.args[1]])  # type: ignore[index]
         node.graph.erase_node(item)

@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 
 from .derived import PRODUCTS, PackedLinear
 from .graphs import call, is_call, is_tensor, value
+from .packed import HeldLinear
 from .record import Record
 
 
@@ -45,7 +46,7 @@ def _is_legal(node: Node, product: object, residual: object) -> bool:
 def _fuse(node: Node, product: Node, residual: Node, record: Record) -> None:
     *operands, _, dtype = product.args
     with node.graph.inserting_before(node):
-        packed: PackedLinear = product.meta["atom_packed"]
+        packed: PackedLinear | HeldLinear = product.meta["atom_packed"]
         fused = call(
             node.graph,
             packed.operator,

@@ -14,8 +14,9 @@ from ..kernels.quantize import quantize
 from ..kernels.reorder import reorder
 from ..kernels.rotate import rotate
 from .derived import PRODUCTS, PackedLinear, operands_of
-from .graphs import call, is_call, value
+from .graphs import call, erase_unused, is_call, value
 from .insertion import weight_placeholders
+from .packed import HeldLinear, held_operands, merge_held
 from .record import Record
 
 
@@ -55,34 +56,52 @@ def _deduplicate(graph: Graph) -> None:
 
 
 def _merge(graph: Graph, nodes: list[Node], record: Record) -> None:
-    packed: list[PackedLinear] = [node.meta["atom_packed"] for node in nodes]
+    at = nodes[0]
+    nodes = sorted(nodes, key=lambda node: getattr(node.meta["atom_packed"], "first_row", 0))
+    packed: list[Any] = [node.meta["atom_packed"] for node in nodes]
     names = [part.weight.name for one in packed for part in one.parts]
     biases = {
         value(part.bias).dtype for one in packed for part in one.parts if part.bias is not None
     }
+    merged = _merged(packed)
     refused = "their biases differ in dtype" if len(biases) > 1 else _refused(nodes)
-    if refused:
+    if merged is None:
+        refused = "the model does not hold their packed weights as one"
+    if refused or merged is None:
         record.remark(names, f"not merged into one product: {refused}")
         return
-    parts = tuple(part for one in packed for part in one.parts)
-    merged = replace(packed[0], parts=parts)
     activation, _ = operands_of(nodes[0])
     *_, residual, dtype = nodes[0].args
-    weight_nodes = weight_placeholders(graph, merged)
-    with graph.inserting_before(nodes[0]):
+    with graph.inserting_before(at):
+        if isinstance(merged, HeldLinear):
+            weight_nodes = held_operands(graph, merged, nodes)
+        else:
+            weight_nodes = weight_placeholders(graph, merged)
         operands = (*activation, *weight_nodes, residual, dtype)
         product = call(graph, merged.operator, operands, like=nodes[0], **merged.named)
         product.meta["atom_packed"] = merged
         start = 0
-        for index, (node, part) in enumerate(zip(nodes, parts, strict=True)):
+        for index, (node, part) in enumerate(zip(nodes, merged.parts, strict=True)):
             rows = (..., slice(start, start + part.out_features))
             piece = call(graph, operator.getitem, (product, rows), like=node)
             piece.meta["atom_part"] = index
             start += part.out_features
             node.replace_all_uses_with(piece)
     for node in nodes:
+        operands = node.args
         graph.erase_node(node)
+        for operand in operands:
+            if is_call(operand, torch.narrow):
+                erase_unused(operand)
     record.remark(names, f"one product of {merged.out_features} rows")
+
+
+def _merged(packed: list[Any]) -> PackedLinear | HeldLinear | None:
+    if all(isinstance(one, HeldLinear) for one in packed):
+        return merge_held(packed)
+    parts = tuple(part for one in packed for part in one.parts)
+    merged: PackedLinear = replace(packed[0], parts=parts)
+    return merged
 
 
 def _refused(nodes: list[Node]) -> str | None:

@@ -38,6 +38,9 @@ def run(*arguments: object) -> tuple[int, str]:
         ("eval", ["--text", "--dataset", "--tasks", "--task-dir", "--scheme", "--recipe", "--out"]),
         ("eval", ["--kv-cache", "--window", "--stride", "--limit", "--batch", "--no-layers"]),
         ("eval", ["--compile", "--no-compile", "--json"]),
+        ("quantize", ["--scheme", "--calibration", "--recipe", "--windows", "--length", "--skip"]),
+        ("quantize", ["--include-head", "--max-shard-size"]),
+        ("generate", ["--prompt", "--tokens", "--kv-cache", "--sample", "--no-compile"]),
         ("tune", ["--model", "--tokens", "--scheme", "--out", "--quick", "--again"]),
     ],
 )
@@ -50,8 +53,8 @@ def test_help_describes_every_option(command: str, options: list[str]) -> None:
 def test_help_lists_the_commands() -> None:
     status, output = run("--help")
     assert status == 0
-    commands = ("explain", "calibrate", "bench", "plot", "eval", "tune")
-    assert all(command in output for command in commands)
+    commands = ("explain", "calibrate", "quantize", "generate", "bench", "plot", "eval", "tune")
+    assert all(command in output for command in (*commands, "doctor"))
 
 
 def test_a_missing_model_directory_is_one_line(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ def main(capability: int) -> None:
             codes, scale = quantize.reference(torch.randn(M, K), *numbers)
             residual = torch.zeros(M, N, dtype=torch.bfloat16)
             linear.launch(codes, scale, *packed, torch.zeros(N), residual, torch.bfloat16)
+        some_rows = packing.narrow_rows(packed, 64, 1024)
+        linear.launch(codes, scale, *some_rows, None, None, torch.bfloat16)
         if capability == 90:
             kernel = Compiled(linear_hopper.linear_hopper_kernel, capability)
             patch.setattr(linear_hopper, "linear_hopper_kernel", kernel)
@@ -141,6 +143,8 @@ def main(capability: int) -> None:
             few = linear_hopper.HopperTiling(16, 1)
             operands = codes_plain, scale_plain, *packed_plain, None, None, torch.bfloat16
             linear.launch(*operands, few)
+            some = torch.zeros(1024), extras[1][:, :1024].contiguous(), torch.bfloat16
+            linear.launch(codes, scale, *some_rows, *some, linear_hopper.HopperTiling(128, 1))
             two_levels = packing.pack_two_level(torch.randn(N, K), layout)
             tiling = linear_hopper.HopperTiling(128, 2)
             linear.multiply(codes, scale[:2], *two_levels, *extras, tiling)

@@ -120,6 +120,25 @@ def test_kernel_in_other_tilings(tiling: Tiling, bias: bool) -> None:
     assert_alike(got, linear.reference(*args))
 
 
+@few_examples
+@given(layouts, st.integers(0, 60), st.integers(1, 70), st.integers(0, 40), dtypes, seeds)
+def test_some_rows_of_a_larger_weight(
+    layout: GroupLayout, before: int, N: int, after: int, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    args = arguments((5,), before + N + after, layout, dtype, bias=True).to(kernel_device())
+    rows = packing.narrow_rows(PackedWeight(*args[2:6]), before, N)
+    assert packing.num_rows(rows) == N
+    assert rows.weight.data_ptr() - args.weight.data_ptr() == before * layout.group_size // 2
+    bias = args.bias[before : before + N] if args.bias is not None else None
+    narrow = Arguments(args.codes, args.scale, *rows, bias, None, dtype)
+    whole = linear.reference(*args)[:, before : before + N]
+    torch.testing.assert_close(linear.reference(*narrow), whole)
+    with poisoned_memory():
+        got = linear.launch(*narrow, tiling=Tiling(64, 16, 2 if args.weight.shape[0] > 1 else 1))
+    assert_alike(got, whole.contiguous())
+
+
 @given(st.integers(1, 5000), st.integers(1, 60000), st.integers(1, 300), st.integers(1, 200))
 def test_default_tiling_is_possible(M: int, N: int, num_groups: int, multiprocessors: int) -> None:
     tiling = default_tiling(M, N, num_groups, multiprocessors)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atom_compile.kernels import linear, linear_hopper, quantize, two_level_linear
 from atom_compile.kernels.linear_hopper import HopperTiling, best_tiling, tilings, whole_tiles
-from atom_compile.kernels.packing import GroupLayout, pack_two_level, pack_weight
+from atom_compile.kernels.packing import GroupLayout, narrow_rows, pack_two_level, pack_weight
 
 from .cases import poisoned_memory
 from .test_linear import assert_alike
@@ -96,6 +96,21 @@ def test_what_is_shared_is_no_more_than_two_rounds(tiles: int) -> None:
     whole = whole_tiles(tiles, 223, HopperTiling(64, 1), False, 132)
     assert whole == tiles or (whole % 132 == 0 and 0 < tiles - whole < 264)
     assert whole_tiles(tiles, 223, HopperTiling(64, 2), True, 132) == tiles
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("start", [0, 64, 8])  # with 8 its scales are not aligned
+def test_some_rows_of_a_larger_weight(start: int) -> None:
+    layout, N = GroupLayout(700, 128, 48), 336
+    codes, scale = quantize.reference(torch.randn(100, layout.width), 4, 128, 48, 0.9)
+    packed = pack_weight(torch.randn(1008, layout.width), layout, 4, 0.85)
+    rows = narrow_rows(type(packed)(*(one.cuda() for one in packed)), start, N)
+    extras: list[Any] = [None, None, torch.float32]
+    with poisoned_memory():
+        got = LAUNCH(codes.cuda(), scale.cuda(), *rows, *extras, HopperTiling(64, 1))
+    want = REFERENCE(codes, scale, *packed, *extras)[:, start : start + N]
+    assert_alike(got, want.contiguous())
 
 
 @pytest.mark.parametrize("two_level", [False, True])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atom_compile.kernels import linear, quantize, two_level_linear
-from atom_compile.kernels.packing import GroupLayout, dequantize_weight, pack_two_level
+from atom_compile.kernels.packing import GroupLayout, dequantize_weight, narrow_rows, pack_two_level
 
 from .cases import dtypes, few_examples, kernel_device, layouts, poisoned_memory, seeds, tokens
 
@@ -44,6 +44,23 @@ def test_kernel_computes_what_the_reference_does(
     # the sums are exact, their scaling and adding is not
     tolerance = max(4 * eps, 1e-5)
     torch.testing.assert_close(got.cpu(), want, rtol=tolerance, atol=10 * tolerance)
+
+
+@few_examples
+@given(layouts, st.integers(0, 60), st.integers(1, 70), st.integers(0, 40), seeds)
+def test_some_rows_of_a_larger_weight(
+    layout: GroupLayout, before: int, N: int, after: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    codes, scale = per_token(torch.randn(3, layout.width), layout)
+    weight = pack_two_level(torch.randn(before + N + after, layout.width), layout)
+    weight = type(weight)(*(one.to(kernel_device()) for one in weight))
+    rows = narrow_rows(weight, before, N)
+    arguments = codes.to(kernel_device()), scale.to(kernel_device())
+    want = MULTIPLY(*arguments, *weight, None, None, torch.float32)[:, before : before + N]
+    with poisoned_memory():
+        got = MULTIPLY(*arguments, *rows, None, None, torch.float32)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_reference_multiplies_what_the_numbers_stand_for() -> None:

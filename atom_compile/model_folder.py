@@ -1,0 +1,64 @@
+"""A folder with a causal language model, 16-bit or packed, as the command line reads it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import AtomError
+from .evaluate import text_windows
+
+
+def load_model(folder: Path, **options: Any) -> Any:
+    """In eval mode; in its own precision on a GPU, by default in float32 on a CPU.
+
+    options: `from_pretrained`'s own. Raises AtomError for what transformers cannot load.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    require_model(folder)
+    logging.disable_progress_bar()
+    on_gpu = torch.cuda.is_available()
+    options = {"dtype": "auto" if on_gpu else torch.float32} | options
+    if on_gpu and importlib.util.find_spec("accelerate"):
+        options = {"device_map": {"": "cuda"}} | options  # no copy on the CPU
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    except AtomError:
+        raise
+    except (OSError, ValueError) as error:
+        raise AtomError(f"transformers cannot load the model in {folder}: {error}") from error
+    return model.to("cuda" if on_gpu else "cpu").eval()
+
+
+def require_model(folder: Path) -> None:
+    if not folder.is_dir():
+        raise AtomError(f"{folder} is no directory; give one that save_pretrained wrote")
+    if not (folder / "config.json").is_file():
+        raise AtomError(
+            f"{folder} holds no config.json; give a directory that save_pretrained wrote"
+        )
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether its weights are packed already, by whatever method."""
+    require_model(folder)
+    return "quantization_config" in json.loads((folder / "config.json").read_text())
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def read_windows(folder: Path, text: Path, windows: int, length: int) -> Tensor:
+    if not text.is_file():
+        raise AtomError(f"{text} is no file; give the text to calibrate on")
+    return text_windows(load_tokenizer(folder), text.read_text(encoding="utf-8"), windows, length)

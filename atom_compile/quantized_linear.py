@@ -1,0 +1,192 @@
+"""A linear layer that holds its weight packed and computes with the plain operators."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .kernels.linear import linear
+from .kernels.packing import (
+    AnyWeight,
+    GroupedWeight,
+    GroupLayout,
+    PackedWeight,
+    TwoLevelWeight,
+    concatenate_rows,
+    narrow_rows,
+    num_rows,
+)
+from .kernels.quantize import quantize
+from .kernels.reorder import reorder
+from .kernels.rotate import rotate
+from .kernels.two_level_linear import two_level_linear
+from .kernels.weight_only_linear import weight_only_linear
+
+_PRODUCTS = {
+    PackedWeight: linear,
+    TwoLevelWeight: two_level_linear,
+    GroupedWeight: weight_only_linear,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFormat:
+    """How a linear's input is quantized: the numbers of `atom::quantize`, before it `atom::rotate`.
+
+    bits: 16 if it stays as it is. cut: of the channels in order. rotation: channels per block, 0
+    for none.
+    """
+
+    cut: GroupLayout
+    bits: int
+    clip: float
+    int8_groups: int = 0
+    rotation: int = 0
+
+
+class QuantizedLinear(nn.Module):
+    """x (*, K) -> (*, N) in x's dtype: reorder, rotate if asked for, quantize, INT4 product.
+
+    Just what `backend="atom"` makes of a 16-bit linear, and fuses in the same way. It runs without
+    compilation too, and under any backend.
+
+    packed: a NamedTuple of kernels/packing.py; each field becomes a parameter of that name, so a
+        `weight` is not what other software takes for one: its shape (G, N, group_size / 2) says so.
+    order: (K,) int32, the input's channels in the order in which they are packed; None if that is
+        their own. Linears that read one activation hold the same tensor: a compiler then sees that
+        their inputs are the same.
+    bias: (N,) or None.
+    named: keywords of the product's operator, such as the weight's format.
+
+    Linears that read one activation may hold one larger weight together, see `join_rows`; each then
+    multiplies by rows of it. Saved and loaded are a linear's own rows.
+    """
+
+    weight: nn.Parameter
+    order: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        packed: AnyWeight,
+        order: Tensor | None,
+        bias: Tensor | None,
+        input_format: InputFormat,
+        named: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = input_format.cut.width, num_rows(packed)
+        self.input_format = input_format
+        self.named = dict(named or {})
+        self.kind: Any = type(packed)
+        self.first_row = 0
+        for name, tensor in (*packed._asdict().items(), ("order", order), ("bias", bias)):
+            self.register_parameter(name, None if tensor is None else _parameter(tensor))
+
+    @property
+    def packed(self) -> AnyWeight:
+        """Its own rows."""
+        held = self._held()
+        return narrow_rows(held, self.first_row, self.out_features) if self.is_joined else held
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether its rows are part of a larger weight."""
+        return num_rows(self._held()) != self.out_features
+
+    def _held(self) -> AnyWeight:
+        held: AnyWeight = self.kind(*(getattr(self, field) for field in self.kind._fields))
+        return held
+
+    def forward(self, x: Tensor) -> Tensor:
+        form = self.input_format
+        cut = form.cut
+        activation = x if self.order is None else reorder(x, self.order)
+        if form.rotation:
+            numbers = cut.group_size, cut.outlier_channels, form.rotation
+            activation = rotate(activation, *numbers)
+        operands: Sequence[Any] = (activation,)
+        if form.bits < 16:
+            operands = quantize(
+                activation,
+                form.bits,
+                cut.group_size,
+                cut.outlier_channels,
+                form.clip,
+                form.int8_groups,
+                0,
+                cut.per_token,
+            )
+        operands = (*operands, *self.packed, self.bias, None, x.dtype)
+        out: Tensor = _PRODUCTS[self.kind](*operands, **self.named)
+        return out
+
+    def extra_repr(self) -> str:
+        form = self.input_format
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, activation_bits={form.bits}, "
+            f"group_size={form.cut.group_size}, outlier_channels={form.cut.outlier_channels}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """`.to(...)` and its kin move packed tensors, but a dtype is for the bias alone."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            keeps = tensor is self.bias or moved.dtype == tensor.dtype
+            return moved if keeps else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._own_rows():
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        with self._own_rows():
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @contextlib.contextmanager
+    def _own_rows(self) -> Iterator[None]:
+        """Its own rows in place of the weight that it shares; what is assigned meanwhile stays."""
+        if not self.is_joined:
+            yield
+            return
+        held = {field: self._parameters[field] for field in self.kind._fields}
+        own = {
+            name: None if rows is None else _parameter(rows)
+            for name, rows in self.packed._asdict().items()
+        }
+        self._parameters.update(own)
+        yield
+        if all(self._parameters[name] is rows for name, rows in own.items()):
+            self._parameters.update(held)
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+        return tensor
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def join_rows(linears: Sequence[QuantizedLinear]) -> None:
+    """Puts the weights of linears that read one activation, in one order, into one larger weight.
+
+    Compiled, they are then one product without a copy. Their weights are held twice meanwhile.
+    """
+    whole = concatenate_rows([one.packed for one in linears])
+    joined = {
+        name: None if tensor is None else _parameter(tensor)
+        for name, tensor in whole._asdict().items()
+    }
+    start = 0
+    for one in linears:
+        one._parameters.update(joined)
+        one.first_row, start = start, start + one.out_features
+        one.order = linears[0].order

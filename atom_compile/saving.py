@@ -1,0 +1,72 @@
+"""Packed models of transformers on disk: `save` and `load`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .files import write_folder
+from .transformers_config import METHOD
+from .transformers_quantizer import AtomQuantizer
+
+
+def load(path: str | Path, **kwargs: Any) -> Any:
+    """A packed model that `save`, or `save_pretrained`, wrote: as `from_pretrained` loads it.
+
+    path: a directory, or a repository's name. kwargs: `from_pretrained`'s own, such as device_map.
+
+    Raises CheckpointError for anything else, by name; see docs/loading-errors.md.
+    """
+    import transformers  # of which the package's own import needs only some modules
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no model of transformers: {error}") from error
+    quantized = getattr(config, "quantization_config", None) or {}
+    if quantized.get("quant_method") != METHOD:
+        raise CheckpointError(
+            f"{path} is no packed model: its config.json names no quantization by {METHOD}"
+        )
+    architecture = getattr(transformers, (config.architectures or ["none"])[0], None)
+    if architecture is None:
+        raise CheckpointError(f"{path} is a {config.architectures}, which transformers lacks")
+    return architecture.from_pretrained(path, **kwargs)
+
+
+def save(model: Any, path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> None:
+    """`model.save_pretrained(path)`, whole or not at all: what was there before stays until then.
+
+    path: a new or an empty directory, or one with a packed model, which is replaced as a whole.
+    tokenizer: saved beside it. kwargs: `save_pretrained`'s own, such as max_shard_size.
+
+    Raises CheckpointError for a directory with anything else in it, and for a model that `quantize`
+    or `from_pretrained` did not pack.
+    """
+    require_replaceable(Path(path))
+    if not isinstance(getattr(model, "hf_quantizer", None), AtomQuantizer):
+        raise CheckpointError(
+            "the model is no packed model of transformers: call atom_compile.quantize(model) first"
+        )
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder, **kwargs)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+    write_folder(Path(path), write)
+
+
+def require_replaceable(path: Path) -> None:
+    """Raises CheckpointError unless `path` is new, empty, or holds a packed model."""
+    if path.is_dir() and any(path.iterdir()):
+        config = path / "config.json"
+        known = json.loads(config.read_text()) if config.is_file() else {}
+        if known.get("quantization_config", {}).get("quant_method") != METHOD:
+            raise CheckpointError(
+                f"{path} holds other files than a packed model's: give a new directory"
+            )
+    elif path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file: give a new directory")

@@ -1,0 +1,276 @@
+"""Packed models in transformers: `save_pretrained` and `from_pretrained`.
+
+Importing this module registers the method `atom_compile` with transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from .checkpoint import Contents, read_contents
+from .errors import CheckpointError, OptionError
+from .options import Options
+from .packer import Places, input_format, is_linear, make_plan, pack_group, packed_on_meta
+from .quantized_linear import QuantizedLinear, join_rows
+from .transformers_config import METHOD, AtomConfig
+
+
+@register_quantizer(METHOD)
+class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Loads packed checkpoints, packs 16-bit ones while they load, and saves either."""
+
+    quantization_config: AtomConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: AtomConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._contents: Contents | None = None
+        self._files: Sequence[str] = ()
+        self._packer: _Packer | None = None
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        config = self.quantization_config
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise OptionError(
+                "packed linears cannot be split over devices (tensor parallel); use device_map"
+            )
+        with torch.device("cpu"):
+            if not self.pre_quantized:
+                self._packer = _Packer(model, config.options)
+                return
+            if config.linears is None or config.content is None:
+                raise CheckpointError(
+                    "config.json says that the model is packed, but not which linears: it was "
+                    "changed, or not written to its end"
+                )
+            _hold_packed(model, config)
+            self._files = checkpoint_files or ()
+            # some models' tensors have other names in files, and only what is loaded can be checked
+            renamed = bool(get_model_conversion_mapping(model, add_legacy=False))
+            self._contents = read_contents(self._files, config.to_dict(), names=not renamed)
+            self._contents.check_layout(_untied(model, model.state_dict()))
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return self._packer is not None and param_name in self._packer.weights
+
+    def get_quantize_ops(self) -> _Pack:
+        assert self._packer is not None
+        return _Pack(self._packer)
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Where the memory is planned before it is packed, it counts as packed."""
+        if self._packer is not None and param_name in self._packer.weights:
+            return self._packer.bytes_per_weight
+        size: float = super().param_element_size(model, param_name, param)
+        return size
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if self._packer is not None:
+            self._packer.finish()
+            config.describe(model, self._packer.groups)
+            self._packer = None
+        elif self._contents is not None:
+            _check_loaded(model, self._contents, self._files)
+            for group in config.linears or []:
+                _join_loaded([model.get_submodule(name) for name in group])
+            self._contents = None
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Each linear's own rows, as tensors that share no memory; the files' metadata."""
+        config = self.quantization_config
+        state_dict = _untied(model, _separate(model))
+        contents = Contents.of(state_dict)
+        config.model, config.content = contents.model, contents.content
+        return state_dict, contents.metadata(config.to_dict())
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def attach(model: Any, options: Options, groups: Sequence[Sequence[str]]) -> None:
+    """Tells a model of transformers that `quantize` packed it; any other is left as it is."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    config = AtomConfig(options.scheme, options.recipe, options.include_head, options.skip)
+    config.describe(model, groups)
+    model.hf_quantizer = AtomQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.postprocess_model(model)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+
+
+class _Pack(ConversionOps):  # type: ignore[misc]
+    """Hands a 16-bit weight to the packer; it gives nothing back for transformers to store."""
+
+    def __init__(self, packer: _Packer) -> None:
+        self._packer = packer
+
+    def convert(
+        self,
+        input_dict: Mapping[str, Any],
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, list[Tensor]]:
+        (weight,) = input_dict.values()
+        self._packer.take(full_layer_name, weight[0] if isinstance(weight, list) else weight)
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+class _Packer:
+    """Packs linears as their weights arrive: when an activation's linears are all there.
+
+    Held in 16 bits is never more than the linears of the activations under way, less than a decoder
+    block.
+    """
+
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        plan = make_plan(model, options)
+        self.groups = plan.groups
+        self.weights = {f"{name}.weight" for group in plan.groups for name in group}
+        self._options = options
+        self._places = Places(model)
+        self._group_of = {name: group for group in plan.groups for name in group}
+        self._linears = {name: model.get_submodule(name) for name in self._group_of}
+        self._arrived: set[str] = set()
+        before = after = 0
+        for linear in self._linears.values():
+            packed = packed_on_meta(linear, options.scheme)
+            before += packed.in_features * packed.out_features
+            after += sum(one.nbytes for one in packed.packed if one is not None)
+        self.bytes_per_weight = after / max(before, 1)
+
+    def take(self, parameter: str, weight: Tensor) -> None:
+        name = parameter.removesuffix(".weight")
+        self._linears[name].weight = nn.Parameter(weight, requires_grad=False)
+        self._arrived.add(name)
+        group = self._group_of[name]
+        if not self._arrived.issuperset(group):
+            return
+        packed = pack_group({one: self._linears[one] for one in group}, self._options)
+        for one, linear in packed.items():
+            _mark_initialized(linear)
+            self._places.replace(self._linears.pop(one), linear)
+
+    def finish(self) -> None:
+        """Raises CheckpointError for weights that never came."""
+        if self._linears:
+            missing = next(name for name in self._linears if name not in self._arrived)
+            raise CheckpointError(f"the 16-bit checkpoint lacks {missing}.weight")
+
+
+def _mark_initialized(module: nn.Module) -> None:
+    """Tells transformers, which fills weights that no file had, that these are not to be filled."""
+    marked: Any
+    for marked in (module, *(one for one in module.parameters() if not one.is_meta)):
+        marked._is_hf_initialized = True
+
+
+def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
+    """Puts packed linears without data where config.json says that they are."""
+    places = Places(model)
+    for name in (name for group in config.linears or [] for name in group):
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if linear is None or not is_linear(linear):
+            raise CheckpointError(
+                f"config.json says that {name} is packed, and the model has no such linear: it is "
+                "of another model"
+            )
+        packed = packed_on_meta(linear, config.options.scheme)
+        if name in config.choices:
+            choice = config.choices[name]
+            numbers = choice["activation_clip"], choice["int8_groups"]
+            packed.input_format = input_format(config.options.scheme, packed.in_features, *numbers)
+        places.replace(linear, packed)
+
+
+def _untied(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What files hold of it: of weights that are one, one."""
+    tied = model.all_tied_weights_keys.keys()
+    ignored = set(model._keys_to_ignore_on_save or ())
+    return {name: one for name, one in state_dict.items() if name not in tied | ignored}
+
+
+def _separate(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, where linears share memory with copies of their own on the CPU."""
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    state_dict: dict[str, Tensor] = model.state_dict()
+    for name, one in state_dict.items():
+        if one.is_meta:
+            state_dict[name] = load_offloaded_parameter(model, name)
+    for module_name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            shared = ["order", *(module.kind._fields if module.is_joined else ())]
+            names = (f"{module_name}.{one}" for one in shared)
+            for name in (one for one in names if one in state_dict):
+                copied = state_dict[name].contiguous()
+                state_dict[name] = copied.to("cpu", copy=copied is state_dict[name])
+    return state_dict
+
+
+def _check_loaded(model: Any, contents: Contents, files: Sequence[str]) -> None:
+    """Raises CheckpointError unless every tensor is what was saved.
+
+    Those loaded in another precision, or to disk, are read from the files once more.
+    """
+    loaded = model.state_dict()
+    for name in contents.tensors:
+        tensor = loaded[name]
+        if tensor.is_meta or str(tensor.dtype) != f"torch.{contents.dtype(name)}":
+            tensor = _read(name, files)
+        if tensor is not None:
+            contents.check_content(name, tensor)
+
+
+def _read(name: str, files: Sequence[str]) -> Tensor | None:
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            if name in opened.keys():  # noqa: SIM118
+                tensor: Tensor = opened.get_tensor(name)
+                return tensor
+    return None  # transformers saved it under another name
+
+
+def _join_loaded(linears: Sequence[QuantizedLinear]) -> None:
+    for linear in linears:
+        linear.requires_grad_(False)  # transformers loads what is floating-point as trainable
+    places = {(one.weight.device, one.order is None or one.order.device) for one in linears}
+    if len(linears) < 2 or len(places) > 1 or linears[0].weight.is_meta:
+        return  # over several devices, or offloaded: held one by one
+    orders = [one.order for one in linears if one.order is not None]
+    alike = all(torch.equal(order, orders[0]) for order in orders)
+    if not alike or len(orders) not in (0, len(linears)):
+        raise CheckpointError(
+            f"config.json groups {len(linears)} linears that do not have one order of channels"
+        )
+    join_rows(linears)
