@@ -105,6 +105,13 @@ def test_explain_lists_them() -> None:
     assert report.to_dict()["layers"]
 
 
+def test_explain_knows_the_bits_of_floating_point_weights() -> None:
+    model = tiny_llama()
+    quantize(model, "w6a16", progress=False)
+    down = next(one for one in explain(model, token_batch()).layers if "down_proj" in one.name)
+    assert (down.weight_bits, down.activation_bits) == (6, 16)
+
+
 def test_part_of_a_model_is_packed() -> None:
     model, ids = tiny_llama(), token_batch()
     want = reference_output(model, ids)
