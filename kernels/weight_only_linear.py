@@ -288,8 +288,8 @@ def weight_only_kernel(
     """
     PARTS: tl.constexpr = _num_parts(EXPONENT_BITS, MANTISSA_BITS)
     HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
-    PART: tl.constexpr = HALF_GROUP // PARTS  # bytes of a row of a group
-    STEPS: tl.constexpr = PART // PART_STEP  # a group's
+    PART_BYTES: tl.constexpr = HALF_GROUP // PARTS  # bytes of a row of a group
+    STEPS: tl.constexpr = PART_BYTES // PART_STEP  # a group's
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, 15) if DTYPE.is_fp16() else 1.0
     tile = tl.program_id(0)
@@ -306,7 +306,7 @@ def weight_only_kernel(
     lane = tl.arange(0, PART_STEP)
     x_tile = x_ptr + m_row[None, :] * K + lane[:, None]
     weight_tile = weight_ptr + n_row[:, None] * HALF_GROUP + lane[None, :]
-    high_bits_tile = high_bits_ptr + n_row[:, None] * PART + lane[None, :]
+    high_bits_tile = high_bits_ptr + n_row[:, None] * PART_BYTES + lane[None, :]
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     first = split * num_groups // splits
@@ -327,10 +327,10 @@ def weight_only_kernel(
             next_zero_point = tl.load(zero_point_ptr + following, mask=live_n, other=0)
         first_row = tl.cast(group, tl.int64) * weight_rows
         if HAS_HIGH_BITS:
-            high_bits = tl.load(high_bits_tile + first_row * PART + byte)
+            high_bits = tl.load(high_bits_tile + first_row * PART_BYTES + byte)
         sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for part in tl.static_range(PARTS):
-            at = part * PART + byte
+            at = part * PART_BYTES + byte
             packed = tl.load(weight_tile + first_row * HALF_GROUP + at)
             channel = group * 2 * HALF_GROUP + at
             if RAGGED:
@@ -378,14 +378,14 @@ def dequantize_kernel(
     """One group of BLOCK_N rows of the weight (N, K)."""
     PARTS: tl.constexpr = _num_parts(EXPONENT_BITS, MANTISSA_BITS)
     HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
-    PART: tl.constexpr = HALF_GROUP // PARTS
+    PART_BYTES: tl.constexpr = HALF_GROUP // PARTS
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, 15) if DTYPE.is_fp16() else 1.0
     group = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_n = n < N
     at = tl.cast(group, tl.int64) * weight_rows + n
-    lane = tl.arange(0, PART)
+    lane = tl.arange(0, PART_BYTES)
     live = live_n[:, None]
     scale = tl.load(weight_scale_ptr + at, mask=live_n, other=0.0).to(tl.float32) * UNPLACED
     scale = scale[:, None]
@@ -393,9 +393,9 @@ def dequantize_kernel(
     if HAS_ZERO_POINT:
         zero_point = tl.load(zero_point_ptr + at, mask=live_n, other=0)
     if HAS_HIGH_BITS:
-        high_bits = tl.load(high_bits_ptr + at[:, None] * PART + lane, mask=live, other=0)
+        high_bits = tl.load(high_bits_ptr + at[:, None] * PART_BYTES + lane, mask=live, other=0)
     for part in tl.static_range(PARTS):
-        byte = part * PART + lane
+        byte = part * PART_BYTES + lane
         packed = tl.load(weight_ptr + at[:, None] * HALF_GROUP + byte, mask=live, other=0)
         low, high = to_values(
             packed, high_bits if HAS_HIGH_BITS else packed, zero_point,
