@@ -66,7 +66,7 @@ def test_figures_are_drawn_and_named(
 def test_a_column_sorts_both_ways(page_file: tuple[Path, dict[str, Any]], open_page: Open) -> None:
     path, results = page_file
     page = open_page(path)
-    name = next(name for name in results if "operators" in name)
+    name = next(name for name in results if "two-level-operators" in name)
     table = page.locator(f"section:has(h2:text-is('{name}')) table")
     times = [row.median_us for row in results[name].rows]
     for wanted, direction in ((sorted(times), "ascending"), (sorted(times)[::-1], "descending")):
