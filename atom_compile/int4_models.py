@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def load_int4(
             tensors[f"{name}.weight"] = weight.contiguous()
     else:
         scheme, packed = _pack(read)
-        for name, (weight, order) in packed.items():
-            held = {**weight._asdict(), "order": order}
+        for name, (grouped, order) in packed.items():
+            held = {**grouped._asdict(), "order": order}
             tensors |= {f"{name}.{field}": one for field, one in held.items() if one is not None}
         config.quantization_config = {
             "quant_method": METHOD,
@@ -107,7 +107,8 @@ class _Files(Mapping[str, Tensor]):
                 raise CheckpointError(
                     f"{file.name} is damaged or cut short ({error}): copy it again"
                 ) from error
-            self._files |= dict.fromkeys(opened.keys(), opened)
+            names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
+            self._files |= dict.fromkeys(names, opened)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
@@ -204,7 +205,7 @@ _Packed = dict[str, tuple[GroupedWeight, Tensor | None]]
 """Name -> weight, and the order of its channels."""
 
 
-def _pack(linears: Iterator[tuple[str, Int4Linear]]) -> tuple[Scheme, _Packed]:
+def _pack(linears: Iterable[tuple[str, Int4Linear]]) -> tuple[Scheme, _Packed]:
     """The linears as `QuantizedLinear` holds them, and the scheme that describes them.
 
     A scheme is of the whole model: if one linear has zero points or an order, all get them.
