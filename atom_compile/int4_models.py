@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -36,8 +37,7 @@ def load_int4(
     config: Any,
     path: Path,
     *,
-    dequantize: bool = False,
-    progress: bool = True,
+    dequantize: bool,
     **kwargs: Any,
 ) -> Any:
     """A model whose linears are packed in W4A16, or with `dequantize` one in 16 bits.
@@ -60,14 +60,12 @@ def load_int4(
         _read(quantization, files, linears),
         "reading INT4 weights",
         total=len(names),
-        disable=not progress,
+        console=Console(stderr=True),  # what a command prints may be read by a program
         transient=True,
     )
     if dequantize:
-        dtype = kwargs.get("dtype", "auto")
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         for name, linear in read:
-            weight = linear.dense().to(_dtype(linear, config) if dtype == "auto" else dtype)
+            weight = linear.dense().to(_dtype(kwargs.get("dtype"), config, linear))
             weight = weight.t() if is_conv1d(linears[name]) else weight
             tensors[f"{name}.weight"] = weight.contiguous()
     else:
@@ -196,8 +194,11 @@ def _read(
         yield name, linear
 
 
-def _dtype(linear: Int4Linear, config: Any) -> torch.dtype:
-    dtype: torch.dtype = config.dtype or linear.scale.dtype
+def _dtype(asked: torch.dtype | str | None, config: Any, linear: Int4Linear) -> torch.dtype:
+    """What transformers will load it in: a float32 copy of the whole model is not made before."""
+    if asked is None or asked == "auto":
+        asked = config.dtype or linear.scale.dtype
+    dtype: torch.dtype = getattr(torch, asked) if isinstance(asked, str) else asked
     return dtype
 
 

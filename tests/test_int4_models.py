@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atom_compile import calibrate, load, quantize, save
 from atom_compile.errors import CheckpointError
@@ -19,6 +20,7 @@ from atom_compile.quantized_linear import QuantizedLinear
 
 from .capturing import atom_operators, reference_output, token_batch
 from .models import tiny_llama
+from .test_cli import MODEL, run
 from .test_int4_checkpoints import IN_ORDER, INTERLEAVED, words
 
 
@@ -89,16 +91,23 @@ def settings(method: str, group_size: int) -> dict[str, Any]:
 
 
 def write(
-    path: Path, method: str, group_size: int, act_order: bool = False, symmetric: bool = False
+    path: Path,
+    method: str,
+    group_size: int,
+    act_order: bool = False,
+    symmetric: bool = False,
+    model: Any = None,
+    linears: str = "_proj",
 ) -> Any:
-    """Packs the linears of a tiny Llama into `path`; returns it with what they stand for.
+    """Packs some linears of a model, a tiny Llama by default; returns it with what they stand for.
 
     Those of one activation have one order of channels, as they have for GPTQ.
     """
-    model = tiny_llama(layers=1, intermediate=256)
+    model = model or tiny_llama(layers=1, intermediate=256)
     model.save_pretrained(path)
-    tensors = dict(model.state_dict())
-    for name in [name for name in tensors if "_proj" in name]:
+    tied = model.all_tied_weights_keys
+    tensors = {name: one for name, one in model.state_dict().items() if name not in tied}
+    for name in [name for name in tensors if "_proj" in name and linears in name]:
         weight = tensors.pop(name)
         groups = torch.arange(weight.shape[1]) // group_size
         if act_order:
@@ -238,6 +247,23 @@ def test_quantized_anew(scheme: str, tmp_path: Path) -> None:
     assert 0.0 < float((logits(model) - before).norm() / before.norm()) < 0.5
     save(model, tmp_path / "ours")
     assert torch.equal(logits(load(tmp_path / "ours")), logits(model))
+
+
+def test_the_command_line_takes_them(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    # the others stay as they are, the head is tied
+    want = write(theirs, "gptq", 64, model=model, linears="layers.0.self_attn.")
+    torch.testing.assert_close(
+        logits(load(theirs, dtype=torch.float32)), logits(want), rtol=1e-3, atol=1e-3
+    )
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(theirs)
+    status, output = run("generate", theirs, "--prompt", "The sea", "--tokens", 3)
+    assert status == 0 and "The sea" in output, output
+    status, output = run("quantize", theirs, ours, "--scheme", "w4a8")
+    assert status == 0 and "28 linears packed" in output, output
+    status, output = run("generate", ours, "--prompt", "The sea", "--tokens", 3)
+    assert status == 0 and "The sea" in output, output
 
 
 def remove(name: str) -> Any:
