@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from atom_compile import calibrate, load, quantize, save
-from atom_compile.errors import CheckpointError
+from atom_compile.errors import CheckpointError, OptionError
 from atom_compile.quantized_linear import QuantizedLinear
 
 from .capturing import atom_operators, reference_output, token_batch
@@ -318,3 +318,37 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(CheckpointError, match="no safetensors"):
         load(tmp_path)
+
+
+def test_conv1d_in_several_files(tmp_path: Path) -> None:
+    """GPT-2 stores its linears' weights as (K, N)."""
+    config = GPT2Config(n_embd=128, n_layer=1, n_head=2, vocab_size=96, n_positions=64)
+    torch.manual_seed(0)
+    want = GPT2LMHeadModel(config).eval()
+    want.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    tensors = {name: one for name, one in want.state_dict().items() if name != "lm_head.weight"}
+    weight = want.transformer.h[0].mlp.c_fc.weight
+    rounded = Rounded(weight.detach().t(), torch.arange(128) // 32, symmetric=False)
+    weight.data = rounded.weight.t()
+    name = "transformer.h.0.mlp.c_fc"
+    del tensors[f"{name}.weight"]
+    packed = {f"{name}.{field}": one.contiguous() for field, one in gptq(rounded).items()}
+    save_file(tensors, tmp_path / "first.safetensors")
+    save_file(packed, tmp_path / "second.safetensors")
+    files = dict.fromkeys(tensors, "first.safetensors") | dict.fromkeys(
+        packed, "second.safetensors"
+    )
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    change_config(tmp_path, quantization_config=settings("gptq", 32))
+    for dequantize in (False, True):
+        model = load(tmp_path, dequantize=dequantize)
+        torch.testing.assert_close(logits(model), logits(want), rtol=1e-4, atol=1e-5)
+
+
+def test_our_own_are_not_dequantized(tmp_path: Path) -> None:
+    model = tiny_llama(layers=1)
+    quantize(model, progress=False)
+    save(model, tmp_path / "ours")
+    with pytest.raises(OptionError, match="dequantize is for models that others quantized"):
+        load(tmp_path / "ours", dequantize=True)
