@@ -100,6 +100,10 @@ def read_linears(
             fields = read(name, tensors)
         except KeyError as missing:
             raise CheckpointError(f"{name}: the checkpoint has no {missing}") from None
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{name}: its tensors are not as its format has them ({error})"
+            ) from error
         yield name, _linear(name, *fields, tensors.get(f"{name}.bias"), group_size)
 
 

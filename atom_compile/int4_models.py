@@ -33,12 +33,7 @@ from .transformers_quantizer import untied
 
 
 def load_int4(
-    architecture: Any,
-    config: Any,
-    path: Path,
-    *,
-    dequantize: bool,
-    **kwargs: Any,
+    architecture: Any, config: Any, path: Path, *, dequantize: bool, **kwargs: Any
 ) -> Any:
     """A model whose linears are packed in W4A16, or with `dequantize` one in 16 bits.
 
@@ -120,7 +115,7 @@ class _Files(Mapping[str, Tensor]):
 
 
 def _list_files(path: Path) -> list[Path]:
-    """Those that the index names; without an index all, as they have names of many kinds."""
+    """Those of transformers' names; with none of them all, as others have names of many kinds."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -128,7 +123,8 @@ def _list_files(path: Path) -> list[Path]:
             return [path / name for name in sorted(names)]
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index.name} is damaged ({error!r}): copy it again") from error
-    files = sorted(path.glob("*.safetensors"))
+    single = path / "model.safetensors"
+    files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path} holds no safetensors files")
     return files

@@ -60,7 +60,7 @@ def quant_method(folder: Path) -> str | None:
     """By which its weights are packed already: None for a 16-bit model."""
     require_model(folder)
     config = json.loads((folder / "config.json").read_text())
-    method: str | None = config.get("quantization_config", {}).get("quant_method")
+    method: str | None = (config.get("quantization_config") or {}).get("quant_method")
     return method
 
 

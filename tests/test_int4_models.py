@@ -284,6 +284,7 @@ def put(name: str, *shape: int) -> Any:
         (put("model.more.weight", 3), "the model does not know model.more.weight"),
         (put("model.layers.0.mlp.up_proj.bias", 256), "does not know .*up_proj.bias"),
         (put("model.norm.weight", 3), r"model.norm.weight is \(3,\) in the checkpoint"),
+        (put("model.layers.0.mlp.up_proj.qweight", 3), "up_proj: its tensors are not as its"),
         (put("model.layers.7.mlp.up_proj.qweight", 3), "layers.7.mlp.up_proj quantized"),
     ],
 )
