@@ -206,7 +206,7 @@ def calibrate(
     ] = None,
 ) -> None:
     """Run a model on text, choose orders, clips and precisions, round weights; save a recipe."""
-    model = load_model(model_dir)
+    model = load_model(model_dir, dequantize=True)
     input_ids = read_windows(model_dir, text, windows, length).to(model.device)
     batches = [{"input_ids": window[None], "use_cache": False} for window in input_ids]
     recipe = calibrate_model(

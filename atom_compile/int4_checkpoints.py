@@ -22,7 +22,7 @@ Codes are stored plus 8, as 0 to 15. Sources: the packers of GPTQModel (`gptq`, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ from torch import Tensor
 from .errors import CheckpointError
 from .kernels.packing import GroupedWeight, GroupLayout, grouped_codes
 
+METHODS = ("gptq", "awq", "compressed-tensors")
+"""`quant_method` in config.json."""
 _PER_WORD = 8  # codes of an int32
 _AWQ_ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
 _WHOLE_ROW = -1  # a group_size
@@ -69,6 +71,18 @@ class Int4Linear(NamedTuple):
         return weight if self.order is None else weight[:, self.order.argsort()]
 
 
+def find_quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """The modules that are quantized, by the names of a checkpoint's tensors.
+
+    Raises CheckpointError as `read_linears` does, and if there is none.
+    """
+    suffix, _, _ = _reader(config)
+    found = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+    if not found:
+        raise CheckpointError(f"the checkpoint has no {suffix!r}: nothing in it is quantized")
+    return found
+
+
 def read_linears(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Int4Linear]]:
@@ -80,15 +94,16 @@ def read_linears(
     Raises CheckpointError for a method, layout or number of bits that is not read here, and for
     tensors that are missing or do not fit each other.
     """
-    suffix, read, group_size = _reader(config)
-    names = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
-    if not names:
-        raise CheckpointError(f"the checkpoint has no {suffix!r}: nothing in it is quantized")
-    for name in names:
+    _, read, group_size = _reader(config)
+    for name in find_quantized(config, tensors):
         try:
             fields = read(name, tensors)
         except KeyError as missing:
             raise CheckpointError(f"{name}: the checkpoint has no {missing}") from None
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{name}: its tensors are not as its format has them ({error})"
+            ) from error
         yield name, _linear(name, *fields, tensors.get(f"{name}.bias"), group_size)
 
 
@@ -114,7 +129,7 @@ def _reader(
         group_size: Any = config.get("group_size", config.get("q_group_size"))
         _require("group_size", group_size, _GROUP_SIZES)
         return ".qweight", _awq, int(group_size)
-    _require("quant_method", method, ("gptq", "awq", "compressed-tensors"))
+    _require("quant_method", method, METHODS)
     _require("format", config.get("format"), ("pack-quantized",))
     return ".weight_packed", _compressed_tensors, _compressed_tensors_group(config)
 

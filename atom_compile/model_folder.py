@@ -12,12 +12,15 @@ from torch import Tensor
 
 from .errors import AtomError
 from .evaluate import text_windows
+from .int4_checkpoints import METHODS
+from .saving import load
 
 
-def load_model(folder: Path, **options: Any) -> Any:
+def load_model(folder: Path, *, dequantize: bool = False, **options: Any) -> Any:
     """In eval mode; in its own precision on a GPU, by default in float32 on a CPU.
 
-    options: `from_pretrained`'s own. Raises AtomError for what transformers cannot load.
+    dequantize: load a model that others quantized in 16 bits. options: `from_pretrained`'s own.
+    Raises AtomError for what transformers cannot load.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -29,6 +32,8 @@ def load_model(folder: Path, **options: Any) -> Any:
     if on_gpu and importlib.util.find_spec("accelerate"):
         options = {"device_map": {"": "cuda"}} | options  # no copy on the CPU
     try:
+        if quant_method(folder) in METHODS:
+            return load(folder, dequantize=dequantize, **options).to("cuda" if on_gpu else "cpu")
         model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except AtomError:
         raise
@@ -48,8 +53,15 @@ def require_model(folder: Path) -> None:
 
 def is_packed(folder: Path) -> bool:
     """Whether its weights are packed already, by whatever method."""
+    return quant_method(folder) is not None
+
+
+def quant_method(folder: Path) -> str | None:
+    """By which its weights are packed already: None for a 16-bit model."""
     require_model(folder)
-    return "quantization_config" in json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    method: str | None = (config.get("quantization_config") or {}).get("quant_method")
+    return method
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -55,7 +55,7 @@ def make_plan(
                 linears[name] = module
     head_modules = _heads(model)
     groups: list[tuple[str, ...]] = []
-    for readers in _readers(model, linears, options.recipe, example_inputs):
+    for readers in find_readers(model, linears, options.recipe, example_inputs):
         plans = _plan_readers({name: linears[name] for name in readers}, options, head_modules)
         alike: dict[Any, list[str]] = defaultdict(list)
         for name, plan in plans.items():
@@ -108,7 +108,7 @@ def pack_group(linears: Linears, options: Options) -> dict[str, QuantizedLinear]
 
 def packed_on_meta(linear: nn.Module, scheme: Scheme) -> QuantizedLinear:
     """What `linear` becomes, without values."""
-    out_features, in_features = _shape(linear)
+    out_features, in_features = shape_of(linear)
     row = _row_on_meta(in_features, scheme)
     return QuantizedLinear(
         empty_rows(row.packed, out_features),
@@ -201,22 +201,24 @@ def _heads(model: nn.Module) -> tuple[nn.Module, ...]:
     head = get() if get is not None else None
     tables = {one.weight.shape for one in model.modules() if isinstance(one, nn.Embedding)}
     linears = [one for one in model.modules() if is_linear(one)]
-    of_tables = [one for one in linears if _shape(one) in tables]
-    last = [one for one in linears[-1:] if not tables and _shape(one)[0] >= 8 * _shape(one)[1]]
+    of_tables = [one for one in linears if shape_of(one) in tables]
+    last = [one for one in linears[-1:] if not tables and shape_of(one)[0] >= 8 * shape_of(one)[1]]
     return (*of_tables, *last, *([] if head is None else [head]))
 
 
-def _shape(linear: nn.Module) -> tuple[int, ...]:
+def shape_of(linear: nn.Module) -> tuple[int, ...]:
+    """(N, K)."""
     shape = tuple(weight_of(linear).shape)
     return shape[::-1] if is_conv1d(linear) else shape
 
 
-def _readers(
+def find_readers(
     model: nn.Module,
     linears: Linears,
     recipe: Recipe | None,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None,
 ) -> list[list[str]]:
+    """The names of `linears`, those that read one activation together."""
     if recipe is not None:
         return group_by_recipe(list(linears), recipe)
     with torch.device("cpu"):

@@ -13,7 +13,8 @@ import torch
 from .calibrate import calibrate
 from .errors import AtomError
 from .files import write_text
-from .model_folder import is_packed, load_model, load_tokenizer, read_windows
+from .int4_checkpoints import METHODS
+from .model_folder import load_model, load_tokenizer, quant_method, read_windows
 from .recipe import Recipe
 from .saving import require_replaceable, save
 from .scheme import Scheme
@@ -35,6 +36,7 @@ def pack_folder(
 ) -> Any:
     """Quantizes the model in `source` and writes it, its tokenizer too, to `target`.
 
+    source: of 16 bits, or one that `load` can dequantize: it is rounded once more.
     calibration: a text to calibrate on, with GPTQ; what is finished is kept in `<target>.partial`
     until `target` is written. recipe: one that there is already. With neither, weights are rounded
     to nearest. Returns the packed model.
@@ -45,7 +47,7 @@ def pack_folder(
     if scheme is not None:
         Scheme.preset(scheme)
     require_replaceable(target)
-    if is_packed(source):
+    if quant_method(source) not in (None, *METHODS):
         raise AtomError(f"{source} holds a quantized model already; give one in 16 bits")
     partial = target.with_name(f"{target.name}.partial")
     found: Recipe | Path | None = recipe
@@ -53,7 +55,7 @@ def pack_folder(
         request = _request(source, calibration, scheme, windows, length, include_head)
         found = _calibrate(source, calibration, partial, request)
     config = AtomConfig(scheme, found, include_head, skip)
-    model = load_model(source, dtype="auto", quantization_config=config)
+    model = load_model(source, dequantize=True, dtype="auto", quantization_config=config)
     save(model, target, tokenizer=load_tokenizer(source), max_shard_size=max_shard_size)
     shutil.rmtree(partial, ignore_errors=True)
     return model
@@ -79,7 +81,7 @@ def _calibrate(source: Path, text: Path, partial: Path, request: dict[str, Any])
         return Recipe.load(made)
     partial.mkdir(parents=True, exist_ok=True)
     write_text(asked, json.dumps(request))
-    model = load_model(source)
+    model = load_model(source, dequantize=True)
     input_ids = read_windows(source, text, request["windows"], request["length"])
     batches = [
         {"input_ids": window[None].to(model.device), "use_cache": False} for window in input_ids

@@ -6,16 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, OptionError
 from .files import write_folder
+from .int4_checkpoints import METHODS
+from .int4_models import load_int4
 from .transformers_config import METHOD
 from .transformers_quantizer import AtomQuantizer
 
 
-def load(path: str | Path, **kwargs: Any) -> Any:
+def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
     """A packed model that `save`, or `save_pretrained`, wrote: as `from_pretrained` loads it.
 
-    path: a directory, or a repository's name. kwargs: `from_pretrained`'s own, such as device_map.
+    Or one that GPTQ, AWQ or compressed-tensors quantized, by groups of 32 to 1024 channels to 4
+    bits: it becomes a packed model in W4A16 with the very codes, scales and zero points.
+
+    path: a directory, or, of our own models, a repository's name. dequantize: load another's model
+    in 16 bits instead, to calibrate it and quantize it anew. kwargs: `from_pretrained`'s own, such
+    as device_map.
 
     Raises CheckpointError for anything else, by name; see docs/loading-errors.md.
     """
@@ -26,13 +33,21 @@ def load(path: str | Path, **kwargs: Any) -> Any:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} holds no model of transformers: {error}") from error
     quantized = getattr(config, "quantization_config", None) or {}
-    if quantized.get("quant_method") != METHOD:
+    method = quantized.get("quant_method")
+    if method not in (METHOD, *METHODS):
         raise CheckpointError(
-            f"{path} is no packed model: its config.json names no quantization by {METHOD}"
+            f"{path} is no packed model: its config.json names no quantization by {METHOD}, "
+            f"{', '.join(METHODS[:-1])} or {METHODS[-1]}"
+        )
+    if method == METHOD and dequantize:
+        raise OptionError(
+            f"dequantize is for models that others quantized, and {path} was packed by {METHOD}"
         )
     architecture = getattr(transformers, (config.architectures or ["none"])[0], None)
     if architecture is None:
         raise CheckpointError(f"{path} is a {config.architectures}, which transformers lacks")
+    if method in METHODS:
+        return load_int4(architecture, config, Path(path), dequantize=dequantize, **kwargs)
     return architecture.from_pretrained(path, **kwargs)
 
 

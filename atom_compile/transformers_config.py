@@ -15,7 +15,7 @@ from torch import nn
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .checkpoint import FORMAT_VERSION, check_version
+from .checkpoint import FORMAT_VERSION, Contents, check_version
 from .errors import CheckpointError
 from .options import Options
 from .quantized_linear import QuantizedLinear
@@ -36,7 +36,8 @@ class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
     include_head, skip: as among the backend's options.
 
     The other fields are a saved model's: the names of its quantized linears, those that read one
-    activation together; what calibration chose for some of them; the digests of checkpoint.py.
+    activation together; what calibration chose for some of them; the digests of checkpoint.py. Of
+    packed tensors that are handed over, and in no file, `contents` says what they are.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.linears = None if linears is None else [list(group) for group in linears]
         self.choices = {name: dict(choice) for name, choice in (choices or {}).items()}
         self.model, self.content = model, content
+        handed_over = unknown.get("contents")
+        self.contents = unknown.pop("contents") if isinstance(handed_over, Contents) else None
         fields = scheme.keys() if isinstance(scheme, Mapping) else set()
         if later := [*unknown, *(fields - _SCHEME_FIELDS)]:
             raise CheckpointError(

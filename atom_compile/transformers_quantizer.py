@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint import Contents, read_contents
 from .errors import CheckpointError, OptionError
+from .kernels.packing import GroupedWeight
 from .options import Options
 from .packer import Places, input_format, is_linear, make_plan, pack_group, packed_on_meta
 from .quantized_linear import QuantizedLinear, join_rows
@@ -39,8 +40,6 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
         config = self.quantization_config
         if getattr(model.config, "distributed_config", None) is not None:
             raise OptionError(
@@ -57,10 +56,20 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
             _hold_packed(model, config)
             self._files = checkpoint_files or ()
-            # some models' tensors have other names in files, and only what is loaded can be checked
-            renamed = bool(get_model_conversion_mapping(model, add_legacy=False))
-            self._contents = read_contents(self._files, config.to_dict(), names=not renamed)
-            self._contents.check_layout(_untied(model, model.state_dict()))
+            if config.contents is not None:
+                self._contents = config.contents
+            else:
+                self._contents = self._read_contents(model)
+            self._contents.check_layout(untied(model, model.state_dict()))
+            _hold_dtypes(model, self._contents)
+
+    def _read_contents(self, model: Any) -> Contents:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        # some models' tensors have other names in files, and only what is loaded can be checked
+        renamed = bool(get_model_conversion_mapping(model, add_legacy=False))
+        settings = self.quantization_config.to_dict()
+        return read_contents(self._files, settings, names=not renamed)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         return self._packer is not None and param_name in self._packer.weights
@@ -86,13 +95,13 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
             _check_loaded(model, self._contents, self._files)
             for group in config.linears or []:
                 _join_loaded([model.get_submodule(name) for name in group])
-            self._contents = None
+            self._contents = config.contents = None
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Each linear's own rows, as tensors that share no memory; the files' metadata."""
         config = self.quantization_config
-        state_dict = _untied(model, _separate(model))
+        state_dict = untied(model, _separate(model))
         contents = Contents.of(state_dict)
         config.model, config.content = contents.model, contents.content
         return state_dict, contents.metadata(config.to_dict())
@@ -213,7 +222,16 @@ def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
         places.replace(linear, packed)
 
 
-def _untied(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _hold_dtypes(model: nn.Module, contents: Contents) -> None:
+    """Scales come in more than one 16-bit format, and transformers loads what the model expects."""
+    for name, linear in model.named_modules():
+        if isinstance(linear, QuantizedLinear) and linear.kind is GroupedWeight:
+            dtype = getattr(torch, contents.dtype(f"{name}.weight_scale"))
+            scale = linear.packed[1].to(dtype)
+            linear.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+
+def untied(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What files hold of it: of weights that are one, one."""
     tied = model.all_tied_weights_keys.keys()
     ignored = set(model._keys_to_ignore_on_save or ())

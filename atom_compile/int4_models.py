@@ -1,0 +1,248 @@
+"""Models of transformers from the INT4 checkpoints of others; int4_checkpoints.py has the formats.
+
+transformers itself loads what is made of them here: for a packed model what `save` would have
+written, for a 16-bit one plain weights. Its own support of these methods, and the packages that it
+needs, are not used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .checkpoint import Contents
+from .errors import CheckpointError
+from .int4_checkpoints import Int4Linear, find_quantized, read_linears
+from .kernels.packing import GroupedWeight
+from .packer import find_readers, is_linear, shape_of
+from .readers import is_conv1d
+from .scheme import Scheme
+from .transformers_config import METHOD
+from .transformers_quantizer import untied
+
+
+def load_int4(
+    architecture: Any, config: Any, path: Path, *, dequantize: bool, **kwargs: Any
+) -> Any:
+    """A model whose linears are packed in W4A16, or with `dequantize` one in 16 bits.
+
+    architecture, config: the class of transformers, and its configuration, which names the method.
+    path: the directory with the safetensors files. kwargs: `from_pretrained`'s own.
+
+    Raises CheckpointError, before a linear is read where names and shapes tell, for a checkpoint
+    that is damaged or incomplete, of another model, or in a format that is not read.
+    """
+    files = _Files(path)
+    quantization = config.quantization_config
+    del config.quantization_config
+    with torch.device("meta"):
+        skeleton = architecture(config)
+    names = find_quantized(quantization, files)
+    linears = _linears(skeleton, names)
+    tensors = _plain_tensors(skeleton, files, linears)
+    read = track(
+        _read(quantization, files, linears),
+        "reading INT4 weights",
+        total=len(names),
+        console=Console(stderr=True),  # what a command prints may be read by a program
+        transient=True,
+    )
+    if dequantize:
+        for name, linear in read:
+            weight = linear.dense().to(_dtype(kwargs.get("dtype"), config, linear))
+            weight = weight.t() if is_conv1d(linears[name]) else weight
+            tensors[f"{name}.weight"] = weight.contiguous()
+    else:
+        scheme, packed = _pack(read)
+        for name, (grouped, order) in packed.items():
+            held = {**grouped._asdict(), "order": order}
+            tensors |= {f"{name}.{field}": one for field, one in held.items() if one is not None}
+        config.quantization_config = {
+            "quant_method": METHOD,
+            "scheme": dataclasses.asdict(scheme),
+            "linears": _group(skeleton, linears, packed),
+            "contents": (contents := Contents.of(tensors)),
+            "content": contents.content,
+        }
+    if (path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        kwargs = {"generation_config": GenerationConfig.from_pretrained(path)} | kwargs
+    model = architecture.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model
+
+
+class _Files(Mapping[str, Tensor]):
+    """The tensors of a directory's safetensors files, each read when it is looked up."""
+
+    def __init__(self, path: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for file in _list_files(path):
+            try:
+                opened = safe_open(file, framework="pt")
+            except FileNotFoundError as error:
+                raise CheckpointError(
+                    f"{file.name} is missing: the checkpoint is incomplete"
+                ) from error
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file.name} is damaged or cut short ({error}): copy it again"
+                ) from error
+            names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
+            self._files |= dict.fromkeys(names, opened)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _list_files(path: Path) -> list[Path]:
+    """Those of transformers' names; with none of them all, as others have names of many kinds."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            return [path / name for name in sorted(names)]
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index.name} is damaged ({error!r}): copy it again") from error
+    single = path / "model.safetensors"
+    files = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} holds no safetensors files")
+    return files
+
+
+def _linears(skeleton: Any, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Those of the model that the checkpoint has quantized."""
+    modules = dict(skeleton.named_modules())
+    tied = skeleton.all_tied_weights_keys
+    shared = {*tied.keys(), *tied.values()}
+    for name in names:
+        if name not in modules or not is_linear(modules[name]):
+            raise CheckpointError(
+                f"the checkpoint has {name} quantized, and the model has no such linear: it is of "
+                "another model, or of one whose experts are no linears in transformers"
+            )
+        if f"{name}.weight" in shared:
+            raise CheckpointError(f"the checkpoint has {name} quantized, whose weight is tied")
+    return {name: modules[name] for name in names}
+
+
+def _plain_tensors(
+    skeleton: Any, files: Mapping[str, Tensor], linears: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """All that belongs to no packed weight; it must be what the model has beside them."""
+    expected = untied(skeleton, skeleton.state_dict())
+    # what transformers passes over too
+    ignored = [r"rotary_emb\.inv_freq$", *(skeleton._keys_to_ignore_on_load_unexpected or ())]
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        module, _, field = name.rpartition(".")
+        of_packed = module in linears and field != "bias"
+        if of_packed or name in skeleton.all_tied_weights_keys:
+            continue
+        if name not in expected and any(re.search(one, name) for one in ignored):
+            continue
+        tensor = files[name]
+        # AutoGPTQ writes biases of zeros for linears that have none
+        if module in linears and name not in expected and not bool(tensor.any()):
+            continue
+        tensors[name] = tensor
+    packed = {f"{name}.weight" for name in linears}
+    Contents.without_hashes(tensors).check_layout(
+        {name: one for name, one in expected.items() if name not in packed}
+    )
+    return tensors
+
+
+def _read(
+    quantization: Mapping[str, Any], files: Mapping[str, Tensor], linears: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, Int4Linear]]:
+    for name, linear in read_linears(quantization, files):
+        shape, wanted = tuple(linear.codes.shape), shape_of(linears[name])
+        if shape != wanted:
+            raise CheckpointError(
+                f"{name} is {shape} in the checkpoint, and {wanted} by its config.json: it is of "
+                "another model"
+            )
+        if shape[1] < linear.group_size:
+            raise CheckpointError(
+                f"{name} has {shape[1]} input channels, fewer than a group of {linear.group_size}"
+            )
+        yield name, linear
+
+
+def _dtype(asked: torch.dtype | str | None, config: Any, linear: Int4Linear) -> torch.dtype:
+    """What transformers will load it in: a float32 copy of the whole model is not made before."""
+    if asked is None or asked == "auto":
+        asked = config.dtype or linear.scale.dtype
+    dtype: torch.dtype = getattr(torch, asked) if isinstance(asked, str) else asked
+    return dtype
+
+
+_Packed = dict[str, tuple[GroupedWeight, Tensor | None]]
+"""Name -> weight, and the order of its channels."""
+
+
+def _pack(linears: Iterable[tuple[str, Int4Linear]]) -> tuple[Scheme, _Packed]:
+    """The linears as `QuantizedLinear` holds them, and the scheme that describes them.
+
+    A scheme is of the whole model: if one linear has zero points or an order, all get them.
+    """
+    packed: _Packed = {}
+    widths: dict[str, int] = {}
+    group_size = 0
+    for name, linear in linears:
+        packed[name] = linear.packed(), linear.order
+        widths[name], group_size = linear.codes.shape[1], linear.group_size
+    symmetric = all(weight.zero_point is None for weight, _ in packed.values())
+    act_order = any(order is not None for _, order in packed.values())
+    for name, (weight, order) in packed.items():
+        if not symmetric and weight.zero_point is None:
+            zero_point = torch.zeros_like(weight.weight_scale, dtype=torch.int8)
+            weight = weight._replace(zero_point=zero_point)
+        if act_order:
+            order = torch.arange(widths[name]) if order is None else order
+            order = order.to(torch.int32)
+        packed[name] = weight, order
+    scheme = Scheme(
+        activation_bits=16,
+        group_size=group_size,
+        outlier_channels=0,
+        weight_clip=1.0,
+        activation_clip=1.0,
+        symmetric=symmetric,
+        act_order=act_order,
+    )
+    return scheme, packed
+
+
+def _group(
+    skeleton: nn.Module, linears: Mapping[str, nn.Module], packed: _Packed
+) -> list[list[str]]:
+    """Those that read one activation in one order together: they become one weight."""
+    groups: dict[tuple[int, bytes], list[str]] = defaultdict(list)
+    for number, readers in enumerate(find_readers(skeleton, linears, None, None)):
+        for name in readers:
+            order = packed[name][1]
+            key = b"" if order is None else order.numpy().tobytes()
+            groups[number, key].append(name)
+    return list(groups.values())
