@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import linear
-from .devices import multiprocessors
+from .devices import is_hopper, multiprocessors
 from .formats import FORMATS
 from .library import define
 from .linear import Tiling, split_buffers, store_tile, tile_in_band
@@ -440,11 +440,6 @@ def choose_tiling(
     block_m = min(tiling.block_m, 128 if dtype.itemsize == 2 else 32)
     stages = 4 if few else 3 if block_m <= 64 else 2
     return Tiling(64, block_m, tiling.split_k, 2 if two_warps else 4, stages)
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _pack(device: torch.device, tiling: Tiling) -> int:
