@@ -2,7 +2,7 @@
 
 Every safetensors file of a checkpoint carries the same metadata under `atom_compile`, in JSON:
 
-    format_version   of this module; newer ones are refused
+    format_version   of this module; newer ones are refused, and in 1 all was as it is in memory
     scheme           the fields of the `Scheme`, and the other `SETTINGS` of config.json
     recipe           the recipe's digest, or null
     linears, choices which linears are packed, and what calibration chose for some of them
@@ -29,7 +29,7 @@ from .content import content_hash
 from .errors import CheckpointError
 from .scheme import Scheme
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "atom_compile"
 SETTINGS = ("scheme", "recipe", "linears", "choices")
 """What config.json and each file must agree on."""

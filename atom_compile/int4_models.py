@@ -26,6 +26,7 @@ from .errors import CheckpointError
 from .int4_checkpoints import Int4Linear, find_quantized, read_linears
 from .kernels.packing import GroupedWeight
 from .packer import find_readers, is_linear, shape_of
+from .quantized_linear import stored_tensors
 from .readers import is_conv1d
 from .scheme import Scheme
 from .transformers_config import METHOD
@@ -66,8 +67,9 @@ def load_int4(
     else:
         scheme, packed = _pack(read)
         for name, (grouped, order) in packed.items():
-            held = {**grouped._asdict(), "order": order}
-            tensors |= {f"{name}.{field}": one for field, one in held.items() if one is not None}
+            layout = scheme.layout(shape_of(linears[name])[1])
+            stored = stored_tensors(grouped, order, layout, "int")
+            tensors |= {f"{name}.{field}": one for field, one in stored.items()}
         config.quantization_config = {
             "quant_method": METHOD,
             "scheme": dataclasses.asdict(scheme),

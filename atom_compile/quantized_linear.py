@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .kernels.linear import linear
@@ -23,8 +24,10 @@ from .kernels.packing import (
 from .kernels.quantize import quantize
 from .kernels.reorder import reorder
 from .kernels.rotate import rotate
+from .kernels.storing import is_stored, restore, store, store_order
 from .kernels.two_level_linear import two_level_linear
 from .kernels.weight_only_linear import weight_only_linear
+from .passes.transforms import transformed_layout
 
 _PRODUCTS = {
     PackedWeight: linear,
@@ -47,6 +50,11 @@ class InputFormat:
     int8_groups: int = 0
     rotation: int = 0
 
+    @property
+    def layout(self) -> GroupLayout:
+        """The cut of the weight's packed columns."""
+        return transformed_layout(self.cut, self.rotation)
+
 
 class QuantizedLinear(nn.Module):
     """x (*, K) -> (*, N) in x's dtype: reorder, rotate if asked for, quantize, INT4 product.
@@ -63,7 +71,8 @@ class QuantizedLinear(nn.Module):
     named: keywords of the product's operator, such as the weight's format.
 
     Linears that read one activation may hold one larger weight together, see `join_rows`; each then
-    multiplies by rows of it. Saved and loaded are a linear's own rows.
+    multiplies by rows of it. Saved and loaded are a linear's own rows. One that is loaded from a
+    file, or read from it at each call, holds its tensors as they lie there, see kernels/storing.py.
     """
 
     weight: nn.Parameter
@@ -90,13 +99,39 @@ class QuantizedLinear(nn.Module):
     @property
     def packed(self) -> AnyWeight:
         """Its own rows."""
-        held = self._held()
+        held = restore(self._held(), self.input_format.layout, self.format)
         return narrow_rows(held, self.first_row, self.out_features) if self.is_joined else held
 
     @property
     def is_joined(self) -> bool:
         """Whether its rows are part of a larger weight."""
-        return num_rows(self._held()) != self.out_features
+        held = self._held()
+        return not is_stored(held) and num_rows(held) != self.out_features
+
+    @property
+    def format(self) -> str:
+        """Of the weight: "int", or a name in kernels/formats.py."""
+        return self.named.get("format", "int")
+
+    def hold_stored(self) -> None:
+        """From now on it holds its tensors as they lie in a file."""
+        held = {**self._held()._asdict(), "order": self.order}
+        for name, tensor in self.stored(held).items():
+            self._parameters[name] = _parameter(tensor)
+
+    def stored(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Its packed weight and order, by name, as they lie in a file; those that it has."""
+        packed = self.kind(*(tensors.get(field) for field in self.kind._fields))
+        return stored_tensors(packed, tensors.get("order"), self.input_format.layout, self.format)
+
+    def restore(self) -> None:
+        """The reverse of `hold_stored`."""
+        for name, tensor in {**self.packed._asdict(), "order": self._int32_order()}.items():
+            self._parameters[name] = None if tensor is None else _parameter(tensor)
+
+    def _int32_order(self) -> Tensor | None:
+        stored = self.order is not None and self.order.dtype != torch.int32
+        return self.order.to(torch.int32) if stored else self.order  # type: ignore[union-attr]
 
     def _held(self) -> AnyWeight:
         held: AnyWeight = self.kind(*(getattr(self, field) for field in self.kind._fields))
@@ -105,7 +140,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         form = self.input_format
         cut = form.cut
-        activation = x if self.order is None else reorder(x, self.order)
+        order = self._int32_order()
+        activation = x if order is None else reorder(x, order)
         if form.rotation:
             numbers = cut.group_size, cut.outlier_channels, form.rotation
             activation = rotate(activation, *numbers)
@@ -167,6 +203,15 @@ class QuantizedLinear(nn.Module):
         yield
         if all(self._parameters[name] is rows for name, rows in own.items()):
             self._parameters.update(held)
+
+
+def stored_tensors(
+    packed: AnyWeight, order: Tensor | None, layout: GroupLayout, format: str
+) -> dict[str, Tensor]:
+    """What a file has of a packed weight, by name; see kernels/storing.py."""
+    fields = store(packed, layout, format)._asdict()
+    fields["order"] = None if order is None else store_order(order)
+    return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

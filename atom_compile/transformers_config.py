@@ -56,6 +56,7 @@ class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **unknown: Any,
     ) -> None:
         check_version(format_version, "config.json")
+        self.format_version = format_version
         assert quant_method == METHOD
         self.quant_method = METHOD
         self.linears = None if linears is None else [list(group) for group in linears]

@@ -99,7 +99,7 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Each linear's own rows, as tensors that share no memory; the files' metadata."""
+        """What files hold, as tensors that share no memory, and their metadata."""
         config = self.quantization_config
         state_dict = untied(model, _separate(model))
         contents = Contents.of(state_dict)
@@ -219,6 +219,8 @@ def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
             choice = config.choices[name]
             numbers = choice["activation_clip"], choice["int8_groups"]
             packed.input_format = input_format(config.options.scheme, packed.in_features, *numbers)
+        if config.format_version > 1:
+            packed.hold_stored()
         places.replace(linear, packed)
 
 
@@ -227,7 +229,7 @@ def _hold_dtypes(model: nn.Module, contents: Contents) -> None:
     for name, linear in model.named_modules():
         if isinstance(linear, QuantizedLinear) and linear.kind is GroupedWeight:
             dtype = getattr(torch, contents.dtype(f"{name}.weight_scale"))
-            scale = linear.packed[1].to(dtype)
+            scale = linear.get_parameter("weight_scale").to(dtype)
             linear.weight_scale = nn.Parameter(scale, requires_grad=False)
 
 
@@ -239,7 +241,7 @@ def untied(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _separate(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, where linears share memory with copies of their own on the CPU."""
+    """The state dict as files have it; what shares memory is copied to the CPU."""
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     state_dict: dict[str, Tensor] = model.state_dict()
@@ -248,11 +250,14 @@ def _separate(model: nn.Module) -> dict[str, Tensor]:
             state_dict[name] = load_offloaded_parameter(model, name)
     for module_name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            shared = ["order", *(module.kind._fields if module.is_joined else ())]
-            names = (f"{module_name}.{one}" for one in shared)
-            for name in (one for one in names if one in state_dict):
-                copied = state_dict[name].contiguous()
-                state_dict[name] = copied.to("cpu", copy=copied is state_dict[name])
+            shared = ("order", *(module.kind._fields if module.is_joined else ()))
+            fields = ("order", *module.kind._fields)
+            held = {field: state_dict.get(f"{module_name}.{field}") for field in fields}
+            for field, tensor in module.stored(held).items():
+                if field in shared or tensor is not held[field]:
+                    copied = tensor.contiguous()
+                    copy = copied is held[field]
+                    state_dict[f"{module_name}.{field}"] = copied.to("cpu", copy=copy)
     return state_dict
 
 
@@ -282,6 +287,8 @@ def _read(name: str, files: Sequence[str]) -> Tensor | None:
 def _join_loaded(linears: Sequence[QuantizedLinear]) -> None:
     for linear in linears:
         linear.requires_grad_(False)  # transformers loads what is floating-point as trainable
+        if not linear.weight.is_meta:  # offloaded: it is restored whenever it is read
+            linear.restore()
     places = {(one.weight.device, one.order is None or one.order.device) for one in linears}
     if len(linears) < 2 or len(places) > 1 or linears[0].weight.is_meta:
         return  # over several devices, or offloaded: held one by one

@@ -5,8 +5,8 @@
     python benchmarks/packed_models.py load --shape llama3-8b --folder FOLDER --out FILE
     python benchmarks/packed_models.py start --shape llama3-8b --folder FOLDER --out FILE
 
-save    models packed in place, saved, and loaded in a process of their own: bytes, and whether
-        the logits are the same, bit for bit
+save    models packed in place, saved, and loaded in a process of their own: bytes in memory and
+        in files, and whether the logits are the same, bit for bit
 hold    a model of random weights, made and packed linear by linear: the peak of memory, what is
         held afterwards, and tokens per second of one sequence
 load    seconds that from_pretrained takes, in BF16 and packed, each in processes of its own; files
@@ -96,6 +96,8 @@ def save(arguments: argparse.Namespace) -> dict[str, Any]:
             "linears_bytes_bf16": done.bytes_before,
             "linears_bytes": done.bytes_after,
             "linears_ratio": done.bytes_after / done.bytes_before,
+            "linears_file_bytes": (stored := linears_file_bytes(folder, done)),
+            "linears_file_ratio": stored / done.bytes_before,
             "model_bytes_bf16": before,
             "model_bytes": model.get_memory_footprint(),
             "file_bytes": file_bytes(folder),
@@ -224,6 +226,17 @@ def start(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def file_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def linears_file_bytes(folder: Path, done: atom_compile.Quantized) -> int:
+    """Of the packed linears' tensors, without biases and the files' headers."""
+    packed = {name for group in done.groups for name in group}
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            module, _, field = name.rpartition(".")
+            total += tensor.nbytes if module in packed and field != "bias" else 0
+    return total
 
 
 def in_processes(arguments: argparse.Namespace, folder: Path, part: str) -> dict[str, Any]:

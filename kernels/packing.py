@@ -73,6 +73,11 @@ class GroupLayout:
         return self.num_groups * self.group_size
 
     @property
+    def last_group(self) -> int:
+        """Channels of the last group, without its padding."""
+        return self.width - self.outlier_channels - (self.num_groups - 1) * self.group_size
+
+    @property
     def padded_width(self) -> int:
         return self.grouped_width + self.outlier_channels
 
@@ -315,6 +320,8 @@ def pack_grouped(
     groups, _ = layout.split(weight.float())
     scale, zero_point = affine_grid(groups, bits, clip)
     codes = affine_codes(groups, scale[..., None], zero_point[..., None], bits)
+    # padding has codes of 0 like everywhere, not those of zero weights
+    codes, _ = layout.split(codes.flatten(1)[:, : layout.width])
     return grouped_codes(codes, scale, zero_point)
 
 
@@ -438,17 +445,20 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 def pack_planes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """uint8 codes (*, group_size) -> the low four bits and the rest, as `FloatWeight` has them."""
-    return _pack_bits(codes & 0xF, 4), _pack_bits(codes >> 4, bits - 4)
+    return pack_bits(codes & 0xF, 4), pack_bits(codes >> 4, bits - 4)
 
 
 def unpack_planes(low: Tensor, high: Tensor | None, bits: int) -> Tensor:
     """The inverse of `pack_planes`. high: may be None if bits is 4."""
-    codes = _unpack_bits(low, 4)
-    return codes if high is None or bits == 4 else codes | _unpack_bits(high, bits - 4) << 4
+    codes = unpack_bits(low, 4)
+    return codes if high is None or bits == 4 else codes | unpack_bits(high, bits - 4) << 4
 
 
-def _pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes (*, width) -> uint8 (*, width * bits / 8): neighbours in a byte lie far apart."""
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes below 2^bits, (*, width) -> uint8 (*, width * bits / 8).
+
+    Neighbours in a byte are width * bits / 8 channels apart.
+    """
     packed = codes.new_zeros(*codes.shape[:-1], codes.shape[-1] * bits // 8)
     if not bits:
         return packed
@@ -457,7 +467,8 @@ def _pack_bits(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def _unpack_bits(packed: Tensor, bits: int) -> Tensor:
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack_bits`."""
     mask = 2**bits - 1
     return torch.cat([packed >> shift & mask for shift in range(0, 8, bits)], dim=-1)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -115,6 +115,44 @@ def test_saved_again_it_is_the_same(packed: tuple[Path, Tensor], tmp_path: Path)
             assert old.metadata() == new.metadata()
             assert list(old.keys()) == list(new.keys())
     assert torch.equal(logits(load(tmp_path), token_batch()), want)
+
+
+def test_files_hold_no_padding(packed: tuple[Path, Tensor]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for file in shards(packed[0]):
+        tensors |= load_file(file)
+    loaded = load(packed[0]).model.layers[0]
+    for name, linear, width, outliers in (
+        ("self_attn.q_proj", loaded.self_attn.q_proj, 256, 32),
+        ("mlp.down_proj", loaded.mlp.down_proj, 352, 48),
+    ):
+        weight, order = (tensors[f"model.layers.0.{name}.{one}"] for one in ("weight", "order"))
+        assert weight.shape == (256, (width - outliers) // 2)
+        assert order.dtype == (torch.uint8 if width == 256 else torch.int16)
+        assert linear.packed.weight.shape == (-(-(width - outliers) // 128), 256, 64)
+        assert linear.order.dtype == torch.int32
+
+
+def test_files_of_the_first_format_load(
+    packed: tuple[Path, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_in_memory(self: QuantizedLinear, tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+        return {name: one for name, one in tensors.items() if one is not None}
+
+    path, want = packed
+    model = load(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedLinear, "stored", as_in_memory)
+        for module in ("checkpoint", "transformers_config"):
+            patch.setattr(f"atom_compile.{module}.FORMAT_VERSION", 1)
+        model.save_pretrained(tmp_path / "first")
+    model = load(tmp_path / "first")
+    assert model.hf_quantizer.quantization_config.format_version == 1
+    assert torch.equal(logits(model, token_batch()), want)
+    model.save_pretrained(tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert config["quantization_config"]["format_version"] == 2
+    assert torch.equal(logits(load(tmp_path / "second"), token_batch()), want)
 
 
 @pytest.mark.parametrize("scheme", ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"])
@@ -330,12 +368,16 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a file missing": (lose_a_file, "model-00002-of-0000.*is missing"),
     "a bit flipped": (flip_a_bit, "is not what was saved: the checkpoint is damaged"),
     "a newer format": (
-        edit_config(lambda config: config.update(format_version=2)),
-        "config.json is of format 2; this version of atom_compile reads up to 1",
+        edit_config(lambda config: config.update(format_version=3)),
+        "config.json is of format 3; this version of atom_compile reads up to 2",
     ),
     "a newer format of a file": (
-        edit_metadata(lambda record: record.update(format_version=2)),
-        "safetensors is of format 2; this version",
+        edit_metadata(lambda record: record.update(format_version=3)),
+        "safetensors is of format 3; this version",
+    ),
+    "the format of another version": (
+        edit_config(lambda config: config.update(format_version=1)),
+        r"\(\d+, \d+\) in the checkpoint, and \(\d+, \d+, 64\) by its config.json",
     ),
     "a tensor missing": (
         edit_tensors(lambda tensors: tensors.__delitem__(min(tensors))),
