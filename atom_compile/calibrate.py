@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -27,6 +26,7 @@ from .passes.graphs import copy_graph_module
 from .passes.linears import FoundLinear, find_linears, is_weight
 from .passes.plan import plan_linears
 from .precision import Noise, allocate, counts_to_try
+from .progress import track
 from .recipe import LayerChoice, Recipe, RoundedWeight
 from .replay import Call, Stream, abreast
 from .rounding import Rounder
@@ -105,9 +105,7 @@ def _observe(
     run = captured(model, statistics.backend)
     total = len(batches) if isinstance(batches, Sized) else None
     with torch.no_grad():
-        for batch in track(
-            batches, "calibrating", total=total, disable=not progress, transient=True
-        ):
+        for batch in track(batches, "calibrating", shown=progress, total=total):
             statistics.calls.append([])
             run(**batch) if isinstance(batch, Mapping) else run(batch)
     if not statistics.calls:
@@ -131,7 +129,7 @@ def _measure(
         return out
 
     calls = [call for some in together for call in _spread(some)]
-    for call in track(calls, "measuring", disable=not progress, transient=True):
+    for call in track(calls, "measuring", shown=progress):
         for group in call.groups:
             if group[0].name not in noises:
                 noise = _noise(call, group, recipe, error_budget)

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor
 
 from .errors import AtomError, EvaluationError, OptionError, unknown
+from .progress import track
 
 Forward = Callable[[Tensor], Tensor]
 """input_ids (B, T) -> logits (B, T, vocabulary)."""
@@ -192,7 +192,7 @@ def text_loss(
     """
     losses: list[float] = []
     starts = range(0, len(windows), batch)
-    for at in track(starts, progress or "", disable=progress is None, transient=True):
+    for at in track(starts, progress or "", shown=progress is not None):
         some = windows[at : at + batch]
         filled = [*some, *[some[-1]] * (batch - len(some))]
         input_ids = torch.stack([ids[one.start : one.end] for one in filled]).to(device)

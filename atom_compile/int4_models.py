@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -26,6 +24,7 @@ from .errors import CheckpointError
 from .int4_checkpoints import Int4Linear, find_quantized, read_linears
 from .kernels.packing import GroupedWeight
 from .packer import find_readers, is_linear, shape_of
+from .progress import track
 from .quantized_linear import stored_tensors
 from .readers import is_conv1d
 from .scheme import Scheme
@@ -52,13 +51,8 @@ def load_int4(
     names = find_quantized(quantization, files)
     linears = _linears(skeleton, names)
     tensors = _plain_tensors(skeleton, files, linears)
-    read = track(
-        _read(quantization, files, linears),
-        "reading INT4 weights",
-        total=len(names),
-        console=Console(stderr=True),  # what a command prints may be read by a program
-        transient=True,
-    )
+    reading = _read(quantization, files, linears)
+    read = track(reading, "reading INT4 weights", total=len(names))
     if dequantize:
         for name, linear in read:
             weight = linear.dense().to(_dtype(kwargs.get("dtype"), config, linear))

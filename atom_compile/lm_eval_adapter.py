@@ -16,12 +16,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from rich.progress import track
 from torch import Tensor
 
 from .errors import AtomError, EvaluationError, unknown
 from .evaluate import Forward, forward_of
 from .kv_cache import KVCache
+from .progress import track
 
 Pair = tuple[list[int], list[int]]
 """Tokens of a context, and of the continuation whose likelihood is asked for."""
@@ -105,9 +105,7 @@ class AtomLM(TemplateLM):  # type: ignore[misc]
         order = sorted(range(len(pairs)), key=lambda at: -sum(map(len, pairs[at])))
         results: dict[int, tuple[float, bool]] = {}
         starts = range(0, len(order), self._batch)
-        for at in track(
-            starts, self._progress or "", disable=self._progress is None, transient=True
-        ):
+        for at in track(starts, self._progress or "", shown=self._progress is not None):
             numbers = order[at : at + self._batch]
             scored = self._score([pairs[number] for number in numbers])
             results.update(zip(numbers, scored, strict=True))
@@ -154,9 +152,7 @@ class AtomLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         return [
             self._generate(*request.args)
-            for request in track(
-                requests, self._progress or "", disable=self._progress is None, transient=True
-            )
+            for request in track(requests, self._progress or "", shown=self._progress is not None)
         ]
 
     def _generate(self, context: str, how: dict[str, Any]) -> str:

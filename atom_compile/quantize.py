@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
 from torch import nn
 
 from .errors import NothingRewrittenError, OptionError, TrainingModeError
 from .options import Options
 from .packer import Places, make_plan, pack_group, weight_of
+from .progress import track
 from .quantized_linear import QuantizedLinear
 from .recipe import Recipe
 from .scheme import PRESETS, Scheme
@@ -82,7 +82,7 @@ def quantize(
         raise NothingRewrittenError(f"not one linear of the model can be quantized:\n{reasons}")
     places = Places(model)
     before = after = 0
-    for group in track(plan.groups, "quantizing", disable=not progress, transient=True):
+    for group in track(plan.groups, "quantizing", shown=progress):
         linears = {name: model.get_submodule(name) for name in group}
         before += sum(weight_of(linear).nbytes for linear in linears.values())
         packed = pack_group(linears, options)

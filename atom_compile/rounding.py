@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -65,7 +66,8 @@ class Rounder:
             self._folder.open(_key(together, self._scheme, self._error_budget))
         total = sum(len(calls[0].groups) * len(calls) for calls in together)
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not progress, transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, disable=not progress, transient=True) as bar:
             task = bar.add_task("rounding", total=total)
             for calls in together:
                 self._run_abreast(calls, lambda: bar.advance(task))

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -35,6 +34,7 @@ from .passes.graphs import copy_graph_module, is_call
 from .passes.linears import FoundLinear, find_linears
 from .passes.pipeline import Rewrite
 from .passes.plan import PlannedLinear
+from .progress import track
 from .replay import Call, Stream
 from .store import PackedStore
 
@@ -94,7 +94,7 @@ def measure_layers(
         return _Comparison(gm, rewrite(gm, parsed), found)
 
     run = captured(model, backend)
-    for input_ids in track(batches, progress or "", disable=progress is None, transient=True):
+    for input_ids in track(batches, progress or "", shown=progress is not None):
         run(input_ids, use_cache=False)
     return list(found.values())
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from accuracy import SCHEMES
-from rich.progress import track
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from atom_compile.kernels.packing import (
     pack_weight,
 )
 from atom_compile.precision import ACTIVATION_CLIPS, Noise, fake_quantize, transform_of
+from atom_compile.progress import track
 
 # of a block in the middle: q, k and v share their input, and the widest takes long
 LINEARS = [
@@ -74,7 +74,7 @@ def measure(peaks: Tensor) -> dict[str, dict[str, float]]:
     x, tested = tokens.split([CALIBRATION, TESTED])
     return {
         name: {method: snr(scheme, method, weight, x, tested) for method in METHODS}
-        for name, scheme in track((WITHOUT_OUTLIERS | SCHEMES).items(), "rounding", transient=True)
+        for name, scheme in track((WITHOUT_OUTLIERS | SCHEMES).items(), "rounding")
     }
 
 

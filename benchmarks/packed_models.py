@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -44,6 +43,7 @@ from atom_compile.files import write_text
 from atom_compile.model_folder import load_model
 from atom_compile.options import Options
 from atom_compile.packer import Places, make_plan, pack_group
+from atom_compile.progress import track
 from atom_compile.transformers_quantizer import attach
 
 REPEATS = 3

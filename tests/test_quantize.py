@@ -81,6 +81,18 @@ def test_linears_of_one_activation_share_its_order_and_hold_one_weight() -> None
     assert sum(held.values()) < 1.3 * (done.bytes_after + model.lm_head.weight.nbytes * 2)
 
 
+def test_bars_stay_out_of_what_a_program_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as if both were terminals
+    model = tiny_llama(layers=1)
+    recipe = calibrate(model, [token_batch()], "w4a4")
+    quantize(model, recipe)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert all(one in printed.err for one in ("calibrating", "measuring", "rounding", "quantizing"))
+
+
 def test_without_example_inputs_each_stands_alone_and_computes() -> None:
     model, ids = hand_written(), token_batch()
     done = quantize(model, progress=False)
