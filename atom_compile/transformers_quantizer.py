@@ -37,6 +37,19 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files: Sequence[str] = ()
         self._packer: _Packer | None = None
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises OptionError for a model that would be offloaded while it is packed.
+
+        accelerate offloads what files hold, and no file holds it packed.
+        """
+        places = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
+        if not self.pre_quantized and (offloaded := {"cpu", "disk"} & places) and places != {"cpu"}:
+            raise OptionError(
+                f"the device_map offloads to {' and '.join(sorted(offloaded))}, which a model that "
+                "is packed while it loads cannot be: pack it with atom-compile quantize, and load "
+                "that with this device_map"
+            )
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:

@@ -519,21 +519,42 @@ def test_what_is_left_alone_stays(plain: Path) -> None:
     assert not [name for name in linears if "o_proj" in name or "lm_head" in name]
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto", "disk"])
-def test_device_maps(packed: tuple[Path, Tensor], tmp_path: Path, device_map: str) -> None:
+ON_CPU = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+DEVICE_MAPS: dict[str, Any] = {
+    "cpu": "cpu",
+    "auto": "auto",
+    "all on the CPU": {"": "cpu"},
+    "a layer on disk": {**dict.fromkeys(ON_CPU, "cpu"), "model.layers.1": "disk"},
+    "all on disk": {"": "disk"},
+}
+
+
+@pytest.mark.parametrize("name", DEVICE_MAPS)
+def test_device_maps(packed: tuple[Path, Tensor], tmp_path: Path, name: str) -> None:
     pytest.importorskip("accelerate")
     path, want = packed
-    options: dict[str, Any] = {"device_map": device_map}
-    if device_map == "disk":
-        on_cpu = ("embed_tokens", "layers.0", "norm", "rotary_emb")
-        places = {f"model.{name}": "cpu" for name in on_cpu}
-        options["device_map"] = {**places, "lm_head": "cpu", "model.layers.1": "disk"}
+    options: dict[str, Any] = {"device_map": DEVICE_MAPS[name]}
+    if "disk" in name:
         options["offload_folder"] = tmp_path / "offloaded"
     model = AutoModelForCausalLM.from_pretrained(path, **options)
-    assert model.model.layers[1].mlp.up_proj.weight.is_meta is (device_map == "disk")
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta is ("disk" in name)
     assert torch.equal(logits(model, token_batch()).cpu(), want)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again"), token_batch()), want)
+
+
+@pytest.mark.parametrize("name", DEVICE_MAPS)
+def test_device_maps_of_what_is_packed_while_it_loads(
+    plain: Path, packed: tuple[Path, Tensor], name: str
+) -> None:
+    pytest.importorskip("accelerate")
+    options: dict[str, Any] = {"device_map": DEVICE_MAPS[name], "quantization_config": AtomConfig()}
+    if "disk" in name:
+        with pytest.raises(OptionError, match=r"device_map offloads to .*disk, which a model"):
+            AutoModelForCausalLM.from_pretrained(plain, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(plain, **options)
+        assert torch.equal(logits(model, token_batch()).cpu(), packed[1])
 
 
 def test_tensor_parallel_loading_is_refused(packed: tuple[Path, Tensor]) -> None:
