@@ -48,8 +48,8 @@ def _where_its_tensors_are(launch: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(launch)
     def guarded(first: Tensor, *rest: Any, **named: Any) -> Any:
         index = first.get_device()
-        # CUDA is initialized, or there would be no such tensor: current_device(), which asks about
-        # that first, takes six times as long
+        # the tensor tells that CUDA is initialized; current_device() would ask about that first and
+        # take several times as long, at every call of every operator
         if index == torch._C._cuda_getDevice():
             return launch(first, *rest, **named)
         with torch.cuda.device(index):
