@@ -105,4 +105,4 @@ def test_operators_run_on_a_second_gpu(tokens: int) -> None:
         torch.cuda.synchronize(1)
     for one, want in zip(got, run(torch.device("cpu")), strict=True):
         assert one.get_device() == 1
-        torch.testing.assert_close(one.cpu(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(one.cpu(), want, rtol=1e-4, atol=1e-4)
