@@ -33,3 +33,12 @@ def define(
     if inlined and not operator._schema.is_mutable:
         REFERENCES[operator] = reference
     return operator
+
+
+def define_composite(schema: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Registers `atom::<schema>` as a name for other operators: whatever compiles it sees those."""
+    _LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    operator: torch._ops.OpOverload = getattr(torch.ops.atom, name).default
+    return operator
