@@ -18,7 +18,16 @@ from packaging.version import Version
 from rich.table import Table
 
 from .compat import inductor_cache, triton_cache
-from .kernels import linear, linear_hopper, packing, quantize, tuning, two_level_linear
+from .kernels import (
+    float8_linear,
+    linear,
+    linear_hopper,
+    packing,
+    quantize,
+    quantize_e4m3,
+    tuning,
+    two_level_linear,
+)
 from .kernels.packing import GroupLayout
 
 _OLDEST = {"torch": "2.11", "triton": "3.6", "transformers": "5"}
@@ -92,6 +101,8 @@ def _kernels() -> list[Finding]:
     arguments = (codes, scale, *packed, None, None, torch.float32)
     both = quantize.reference(x, 8, 128, 128, 1.0, per_token=True)
     two_levels = (*both, *packing.pack_two_level(weight, layout), None, None, torch.float32)
+    rows = packing.pack_rows(weight, packing.GroupLayout(512, 128, 0, True), "e2m3")
+    in_float8 = (*quantize_e4m3.reference(x), *rows, None, None, torch.float32)
     small = linear.Tiling(64, 16, 1)
     large = linear_hopper.HopperTiling(64, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,6 +114,13 @@ def _kernels() -> list[Finding]:
             two_level_linear.two_level_linear,
             two_level_linear.reference,
             two_levels,
+            device,
+        ),
+        _run(
+            "atom::float8_linear",
+            functools.partial(float8_linear.float8_linear, format="e2m3"),
+            functools.partial(float8_linear.reference, format="e2m3"),
+            in_float8,
             device,
         ),
     ]

@@ -207,7 +207,7 @@ def count_blocks(recipe: atom_compile.Recipe) -> tuple[int, int]:
             continue
         seen.append(diagonal)
         layout = recipe.scheme.layout(diagonal.numel())
-        int8 = recipe.scheme.activation_bits == 8
+        int8 = recipe.scheme.activation_bits == 8 and recipe.scheme.activation_format == "int"
         wide += layout.num_scales if int8 else choice.int8_groups + (layout.outlier_channels > 0)
         total += layout.num_scales
     return wide, total
