@@ -9,8 +9,9 @@ of float32; but tensor cores that multiply e4m3 keep some 14 bits of a sum, so t
 up no more than 128 channels.
 
 For few tokens it is `weight_only_linear`'s kernel, with e4m3 in place of 16 bits where the GPU
-multiplies it, and float16, as exact, where it does not. For many the weight is put into e4m3 first,
-a slice of rows at a time, and cuBLAS multiplies.
+multiplies it, and float16, as exact, where it does not. For more there is one of its own on Hopper
+(float8_hopper.py); elsewhere the weight is put into e4m3 first, a slice of rows at a time, and
+cuBLAS multiplies.
 
 Sources: FP6-LLM (arXiv 2401.14112) for the weights; Micikevicius et al., "FP8 Formats for Deep
 Learning" (arXiv 2209.05433), for e4m3; DeepSeek-V3 (arXiv 2412.19437), section 3.3.2, for the sums.
@@ -24,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear, weight_only_linear
+from . import float8_hopper, linear, weight_only_linear
 from .devices import multiplies_e4m3, multiprocessors
 from .formats import FORMATS
 from .library import define
 from .linear import Tiling
+from .linear_hopper import HopperTiling
 from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight, narrow_rows
 
 GROUP_SIZE = 128
@@ -79,16 +81,23 @@ def fake(
 
 
 PATH = "triton e4m3"
+HOPPER = float8_hopper.PATH
 IN_16_BITS = "triton 16-bit"
 SCALED = "e4m3 weight, cuBLAS"
 DEQUANTIZE = "dequantize, cuBLAS"
-_MOST_TOKENS = 256  # for more the weight is unpacked first; an estimate, not yet measured
-_SLICE = 2**24  # bytes of e4m3 that the L2 keeps until they are multiplied; not yet measured
+# estimates, not yet measured
+_FEW_TOKENS = 64  # for more there is Hopper's own kernel
+_MOST_TOKENS = 256  # for more the weight is unpacked first, where there is none
+_SLICE = 2**24  # bytes of e4m3 that the L2 keeps until they are multiplied
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tiling(M: int, N: int, num_groups: int, device: torch.device) -> Tiling | None:
-    """How `weight_only_kernel` cuts the product; None where unpacking first should be faster."""
+def choose_tiling(
+    M: int, N: int, K: int, num_groups: int, device: torch.device
+) -> Tiling | HopperTiling | None:
+    """How the product is cut, and by that which kernel's; None where unpacking should be faster."""
+    if M > _FEW_TOKENS and float8_hopper.fits(device, N, K):
+        return float8_hopper.best_tiling(M, N, num_groups, multiprocessors(device))
     if M > _MOST_TOKENS:
         return None
     if not multiplies_e4m3(device):
@@ -104,7 +113,10 @@ def describe(M: int, N: int, layout: GroupLayout, dtype: torch.dtype, device: to
     """The path that a product of these sizes takes."""
     if device.type != "cuda":
         return "reference"
-    if choose_tiling(M, N, layout.num_groups, device) is None:
+    tiling = choose_tiling(M, N, layout.width, layout.num_groups, device)
+    if isinstance(tiling, HopperTiling):
+        return HOPPER
+    if tiling is None:
         return SCALED if _can_scale(N, layout.width, dtype, device) else DEQUANTIZE
     return PATH if multiplies_e4m3(device) else IN_16_BITS
 
@@ -132,9 +144,11 @@ def launch(
     M = codes.numel() // K
     if M == 0:
         return codes.new_empty(*codes.shape[:-1], N, dtype=dtype)
-    tiling = choose_tiling(M, N, num_groups, device)
+    tiling = choose_tiling(M, N, K, num_groups, device)
     packed = RowWeight(weight, high_bits, row_scale)
     arguments = codes, scale, packed, bias, residual, dtype
+    if isinstance(tiling, HopperTiling):
+        return multiply_on_hopper(*arguments, tiling, format=format)
     if tiling is not None:
         return multiply_packed(*arguments, tiling, format=format)
     if _can_scale(N, K, dtype, device):
@@ -162,6 +176,26 @@ def multiply_packed(
     return weight_only_linear.multiply_packed(
         *operands, tiling, format=format, x_scale=scale, dtype=dtype
     )
+
+
+def multiply_on_hopper(
+    codes: Tensor,
+    scale: Tensor,
+    packed: RowWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    tiling: HopperTiling,
+    *,
+    format: str,
+) -> Tensor:
+    """`launch` by Hopper's own kernel, for sizes that it `fits`."""
+    out = codes.new_empty(*codes.shape[:-1], packed.row_scale.shape[0], dtype=dtype)
+    if residual is not None:
+        residual = residual.expand(out.shape).contiguous()
+    arguments = codes.contiguous(), scale.contiguous(), packed, bias, residual, out
+    float8_hopper.launch(*arguments, format, tiling, multiprocessors(codes.device))
+    return out
 
 
 def multiply_scaled(

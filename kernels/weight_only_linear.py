@@ -156,7 +156,7 @@ def _placing(dtype, pack, exponent_bits, mantissa_bits, part):
 
 
 @triton.constexpr_function
-def _placing_in_e4m3(exponent_bits, mantissa_bits, part):
+def placing_in_e4m3(exponent_bits, mantissa_bits, part):
     """PTX that makes e4m3 of floating-point codes, four at a time, the value times 2^-gap.
 
     As `_placing`, but every field stays in the byte that it comes from. Results are the lower codes
@@ -216,7 +216,7 @@ def _twice(dtype):
 
 @triton.jit
 def _place(codes, DTYPE: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr):
-    """int32 codes -> as `_placing` makes them, or `_placing_in_e4m3`."""
+    """int32 codes -> as `_placing` makes them, or `placing_in_e4m3`."""
     WIDTH: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS
     if DTYPE.is_fp8e4nv():
         magnitude = (codes & ((1 << WIDTH) - 1)) << (3 - MANTISSA_BITS)
@@ -268,7 +268,7 @@ def to_values(
             )  # fmt: skip
         elif PACK > 0 and DTYPE.is_fp8e4nv():
             low, high = tl.inline_asm_elementwise(
-                _placing_in_e4m3(EXPONENT_BITS, MANTISSA_BITS, PART), "=&r,=&r,r,r",
+                placing_in_e4m3(EXPONENT_BITS, MANTISSA_BITS, PART), "=&r,=&r,r,r",
                 [packed, high_bits], dtype=_twice(tl.int8), is_pure=True, pack=4,
             )  # fmt: skip
             low = low.to(DTYPE, bitcast=True)

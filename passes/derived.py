@@ -198,9 +198,8 @@ class PackedLinear:
     """Packed weight (up to five tensors, see packing.py) and bias of the linears in one product.
 
     Its `operator` is the one of PRODUCTS that multiplies by it, with the keywords `named` beside
-    the operands. weight_only: activations stay in 16 bits. symmetric, format: as `pack_grouped` has
-    them, for such a weight alone; but a format other than "int" is of one for activations in e4m3
-    as well.
+    the operands. weight_only: activations stay in 16 bits. symmetric: as `pack_grouped` has it, for
+    such a weight alone. format: of the weight.
     """
 
     parts: tuple[LinearPart, ...]
@@ -222,10 +221,15 @@ class PackedLinear:
         return self.transform.layout
 
     @property
+    def scales_rows(self) -> bool:
+        """Whether the weight has one scale per row and nothing else: for activations in e4m3."""
+        return self.layout.per_token and self.format != "int"
+
+    @property
     def operator(self) -> torch._ops.OpOverload:
         if self.weight_only:
             return weight_only_linear
-        if self.format != "int":
+        if self.scales_rows:
             return float8_linear
         return two_level_linear if self.layout.per_token else linear
 
@@ -238,7 +242,7 @@ class PackedLinear:
         """Of the packed weight, the first tensors that `compute` gives; the last is the bias."""
         if self.weight_only:
             return GroupedWeight
-        if self.format != "int":
+        if self.scales_rows:
             return RowWeight
         return TwoLevelWeight if self.layout.per_token else PackedWeight
 
@@ -291,7 +295,7 @@ class PackedLinear:
         if self.weight_only:
             numbers = self.bits, self.clip, self.symmetric, self.format
             return pack_grouped(columns, self.layout, *numbers)
-        if self.format != "int":
+        if self.scales_rows:
             return pack_rows(columns, self.layout, self.format)
         if self.layout.per_token:
             return pack_two_level(columns, self.layout)

@@ -22,6 +22,7 @@ from atom_compile.kernels import (
     attention_decode,
     attention_prefill,
     attention_quantize,
+    float8_hopper,
     float8_linear,
     formats,
     gated_quantize,
@@ -93,7 +94,7 @@ class Compiled:
         if isinstance(value, Tensor):
             return TYPES[value.dtype]
         if isinstance(value, TensorDescriptor):
-            return f"tensordesc<i8{value.block_shape},{value.layout!r}>"
+            return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
         if value is None:
             return "constexpr"
         return "i32" if isinstance(value, int) else "fp32"
@@ -173,6 +174,13 @@ def main(capability: int) -> None:
         for format in float8_linear.WEIGHT_FORMATS:
             compile_float8(format, K=K)
         compile_float8("e2m3", K=1000)
+        if capability == 90:
+            kernel = Compiled(float8_hopper.float8_hopper_kernel, capability)
+            patch.setattr(float8_hopper, "float8_hopper_kernel", kernel)
+            patch.setattr(float8_hopper, "is_hopper", lambda device: True)
+            float8_linear.choose_tiling.cache_clear()
+            for format in float8_linear.WEIGHT_FORMATS:
+                compile_float8(format, K=K)
         patch.setattr(kv_cache, "append_kernel", Compiled(kv_cache.append_kernel, capability))
         patch.setattr(kv_cache, "read_kernel", Compiled(kv_cache.read_kernel, capability))
         for module, name in (

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+from atom_compile.kernels import float8_hopper, weight_only_linear
 from atom_compile.kernels import float8_linear as operator
-from atom_compile.kernels import weight_only_linear
-from atom_compile.kernels.devices import multiplies_e4m3
+from atom_compile.kernels.devices import is_hopper, multiplies_e4m3
 from atom_compile.kernels.float_linear import float_linear
 from atom_compile.kernels.formats import E4M3, FORMATS
 from atom_compile.kernels.linear import Tiling
+from atom_compile.kernels.linear_hopper import HopperTiling
 from atom_compile.kernels.packing import (
     FloatWeight,
     GroupLayout,
@@ -263,7 +264,12 @@ def test_paths_by_tokens_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
     operator.choose_tiling.cache_clear()
     monkeypatch.setattr(operator, "multiplies_e4m3", lambda _: True)
+    monkeypatch.setattr(float8_hopper, "is_hopper", lambda _: True)
     assert operator.describe(1, 4096, layout, torch.bfloat16, gpu) == operator.PATH
+    assert operator.describe(4096, 4096, layout, torch.float16, gpu) == operator.HOPPER
+    assert operator.describe(4096, 4090, layout, torch.float16, gpu) == operator.DEQUANTIZE
+    operator.choose_tiling.cache_clear()
+    monkeypatch.setattr(float8_hopper, "is_hopper", lambda _: False)
     assert operator.describe(4096, 4096, layout, torch.bfloat16, gpu) == operator.SCALED
     assert operator.describe(4096, 4096, layout, torch.float16, gpu) == operator.DEQUANTIZE
     assert operator.describe(4096, 4090, layout, torch.bfloat16, gpu) == operator.DEQUANTIZE
@@ -347,8 +353,53 @@ def test_kernel_on_real_shapes(M: int, N: int, K: int, dtype: torch.dtype, forma
     assert_alike(got, reference(args, format).cpu(), rounding=rounding)
 
 
+@pytest.fixture
+def hopper() -> torch.device:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not is_hopper(device):
+        pytest.skip("needs a Hopper GPU")
+    return device
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("M", [1, 16, 300])
+@pytest.mark.parametrize("format", operator.WEIGHT_FORMATS)
+@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 64, 128), (70, 528, 2832), (300, 4096, 4096)])
+def test_hoppers_own_kernel(
+    M: int, N: int, K: int, block_m: int, format: str, hopper: torch.device
+) -> None:
+    named: dict[str, Any] = {"format": format, "extras": True, "device": hopper}
+    args = arguments((M,), N, K, torch.bfloat16, **named)
+    with poisoned_memory():
+        got = operator.multiply_on_hopper(*args, HopperTiling(block_m, 1), format=format)
+    assert_alike(got, reference(args, format).cpu())
+
+
+@pytest.mark.gpu
+def test_hoppers_own_kernel_on_rows_of_a_larger_weight(hopper: torch.device) -> None:
+    args = arguments((100,), 1024, 2048, torch.bfloat16, device=hopper)
+    part = args._replace(packed=narrow_rows(args.packed, 208, 512))
+    got = operator.multiply_on_hopper(*part, HopperTiling(64, 1), format="e2m3")
+    assert_alike(got, reference(args).cpu()[:, 208:720])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", operator.WEIGHT_FORMATS)
+def test_every_code_is_exact_on_hopper(format: str, hopper: torch.device) -> None:
+    """The identity times a weight is the weight: row n begins with code n."""
+    values = torch.tensor(FORMATS[format].values())
+    codes = ((torch.arange(64)[:, None] + torch.arange(256)) % 64).to(torch.uint8)
+    ones, no_outliers = torch.ones(64, 2), torch.empty(64, 0)
+    in_groups = codes.unflatten(1, (2, 128))
+    packed = pack_float_codes(in_groups, ones, no_outliers, ones[:, 0], FORMATS[format])
+    x, scale = torch.eye(256).to(torch.float8_e4m3fn), torch.ones(256)
+    args = Arguments(x, scale, with_row_scale(packed), None, None, torch.float32).to(hopper)
+    got = operator.multiply_on_hopper(*args, HopperTiling(32, 1), format=format)
+    assert torch.equal(got.cpu(), values[codes.long()].t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 16, 100, 300])
 def test_graphs_replay(M: int) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     args = arguments((M,), 1024, 8192, torch.bfloat16, device=device)
