@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from atom_compile import KVCache, Recipe, Scheme, calibrate, explain
-from atom_compile.errors import OptionError
+from atom_compile import KVCache, Recipe, Scheme, calibrate, compat, explain
+from atom_compile.errors import AtomError, OptionError
 from atom_compile.options import Options
 from atom_compile.passes.derived import PackedLinear
+from atom_compile.passes.ranges import name_ranges
 from atom_compile.signal_noise import measure_layers
 
 from ..capturing import atom_operators, reference_output, relative_error, rewrites, token_batch
@@ -29,6 +30,14 @@ def test_linears_of_one_activation_quantize_it_once() -> None:
     # q, k and v, and gate and up, are one product each
     fused = {"atom.quantize_e4m3": 8, "atom.float8_linear": 8, "linear": 1}
     assert atom_operators(model, ids, scheme=W6A8) == fused
+
+
+def test_what_inductor_fuses_keeps_its_name_for_profilers() -> None:
+    (run,) = rewrites(tiny_llama(layers=1), token_batch(), scheme=W6A8)
+    targets = [str(node.target) for node in name_ranges(run.gm).graph.nodes]
+    ours = [target for target in targets if target.startswith(("atom.", "atom_at."))]
+    assert sum(name == "atom.quantize_e4m3.default" for name in ours) == 4
+    assert sum("__float8_linear" in name for name in ours) == 4 and len(ours) == 8
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -144,6 +153,17 @@ def test_a_quantized_cache_goes_with_it(graphs_run_eagerly: list[Any]) -> None:
     operators = {str(node.target) for graph in graphs_run_eagerly for node in graph.graph.nodes}
     assert {"atom.float8_linear.default", "atom.attention.default"} <= operators
     assert relative_error(torch.cat(got, dim=1), model.forward(ids).logits) < 0.1
+
+
+def test_what_inductor_cannot_compile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "compiles_e4m3", lambda device: False)
+    torch._dynamo.reset()
+    model = tiny_llama(layers=1)
+    model.compile(backend="atom", options={"scheme": W6A8})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as failure:
+        model(token_batch())
+    assert isinstance(failure.value.inner_exception, AtomError)
+    assert "FP8 need torch 2.13" in str(failure.value.inner_exception)
 
 
 @torch.no_grad()
