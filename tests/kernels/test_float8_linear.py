@@ -34,6 +34,8 @@ from .cases import DTYPES, dtypes, few_examples, kernel_device, poisoned_memory,
 from .test_weight_only_linear import assert_alike
 
 widths = st.sampled_from([128, 256, 344, 700, 1376, 2817])
+# tensor cores keep some 14 bits of a sum of e4m3 products
+OF_A_SUM = 1e-3 if torch.cuda.is_available() else 0.0
 fewer_examples = settings(few_examples, max_examples=8)
 formats = st.sampled_from(operator.WEIGHT_FORMATS)
 
@@ -127,7 +129,7 @@ def test_kernel_agrees_with_the_reference(
     args = arguments((2, M), N, K, dtype, format=format, extras=extras)
     with poisoned_memory():
         got = launch(args.to(kernel_device()), format)
-    assert_alike(got, reference(args, format))
+    assert_alike(got, reference(args, format), OF_A_SUM)
 
 
 @pytest.mark.parametrize("in_e4m3", [False, True])
@@ -141,7 +143,7 @@ def test_kernel_in_other_tilings(tiling: Tiling, format: str, in_e4m3: bool) -> 
     args = arguments((35,), 70, 612, format=format, extras=True)
     with poisoned_memory():
         got = operator.multiply_packed(*args.to(device), tiling, format=format, in_e4m3=in_e4m3)
-    assert_alike(got, reference(args, format))
+    assert_alike(got, reference(args, format), OF_A_SUM)
 
 
 @fewer_examples
@@ -242,7 +244,7 @@ def test_residual_broadcasts_and_codes_may_be_strided(shape: tuple[int, ...]) ->
         scale=args.scale.transpose(0, 1),
         residual=torch.randn(shape)[..., 5:10],
     )
-    assert_alike(launch(args.to(kernel_device())), reference(args))
+    assert_alike(launch(args.to(kernel_device())), reference(args), OF_A_SUM)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -348,8 +350,8 @@ def test_kernel_on_real_shapes(M: int, N: int, K: int, dtype: torch.dtype, forma
     args = arguments((M,), N, K, dtype, format=format, extras=True, device=device)
     with poisoned_memory():
         got = launch(args, format)
-    # tensor cores keep 14 bits of a sum; elsewhere many tokens read weights rounded to the dtype
-    rounding = max(2e-4, 2 * torch.finfo(dtype).eps)
+    # where many tokens read weights rounded to the dtype, so are activations
+    rounding = max(OF_A_SUM, 2 * torch.finfo(dtype).eps)
     assert_alike(got, reference(args, format).cpu(), rounding=rounding)
 
 
