@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from . import compat
 from .errors import AtomError, NothingRewrittenError, TrainingModeError
 from .kernels import library
+from .kernels.quantize_e4m3 import quantize_e4m3
 from .options import Options
 from .passes import pipeline
 from .passes.graphs import is_call, value
@@ -43,6 +44,7 @@ def atom(
     )
     try:
         run = rewrite(gm, parsed)
+        refuse_float8(run.gm)
         if parsed.profile:
             name_ranges(run.gm)
         inputs = bind_inputs(run)
@@ -117,6 +119,16 @@ def refuse_training(gm: GraphModule) -> None:
             "the model is in training mode, and the quantized operators have no gradients. "
             "Call model.eval() before its first compiled call."
         )
+
+
+def refuse_float8(gm: GraphModule) -> None:
+    """Raises AtomError for activations in FP8 that Inductor would fail to compile."""
+    for node in gm.graph.find_nodes(op="call_function", target=quantize_e4m3):
+        if not compat.compiles_e4m3(value(node.args[0]).device):
+            raise AtomError(
+                "on a GPU older than sm_89 activations in FP8 need torch 2.13 or newer to be "
+                "compiled. Take a scheme without them, such as 'w6a16'."
+            )
 
 
 _STEPS = re.compile(r"\['(\w+)'\]|\[(\d+)\]|\.(\w+)")

@@ -85,8 +85,8 @@ def calibrate(
     if not gptq and not scheme.int8_share and error_budget is None:
         return recipe
     together = abreast(statistics.calls)
-    if scheme.activation_bits == 16:
-        orders, layers = _weight_only(together, recipe)
+    if not scheme.sorts_channels:
+        orders, layers = _unsorted(together, recipe)
     else:
         measured = _measure(together, recipe, error_budget, progress)
         orders, layers = _choose(measured, scheme, error_budget)
@@ -138,10 +138,10 @@ def _measure(
     return list({id(noise): noise for noise in noises.values()}.values())
 
 
-def _weight_only(
+def _unsorted(
     together: Sequence[Sequence[Call]], recipe: Recipe
 ) -> tuple[dict[str, Tensor], dict[str, LayerChoice]]:
-    """Activations that are not rounded have no noise to measure."""
+    """Where no order and no number of INT8 groups is to be chosen, no noise need be measured."""
     groups = [group for calls in together for group in calls[0].names]
     orders = {name: recipe.default_order(group[0]) for group in groups for name in group}
     return orders, {name: LayerChoice(activation_clip=1.0) for name in orders}

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from .kernels.devices import multiplies_e4m3
+
 
 def compile_graph(
     gm: GraphModule,
@@ -70,6 +72,14 @@ def cudagraph_skips() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["inductor"]["cudagraph_skips"])
+
+
+def compiles_e4m3(device: torch.device) -> bool:
+    """Whether Inductor can cast to float8_e4m3fn there: before torch 2.13 only if the GPU can."""
+    from torch._inductor import utils
+
+    falls_back = hasattr(utils, "is_triton_fp8_dtype_supported")
+    return falls_back or device.type != "cuda" or multiplies_e4m3(device)
 
 
 def modules_being_compiled() -> dict[str, torch.nn.Module]:

@@ -262,12 +262,14 @@ def _weight_bits(product: Node) -> int:
 
 
 def _activation_bits(product: Node) -> int:
-    """Every operator that quantizes takes a number `bits`."""
+    """Every operator that quantizes takes a number `bits`, or gives floating-point codes."""
     activation, _ = operands_of(product)
     if len(activation) == 1:
         return 16
     quantize: Any = activation[0].args[0]
     names = [argument.name for argument in quantize.target._schema.arguments]
+    if "bits" not in names:
+        return 8 * int(value(activation[0]).dtype.itemsize)
     return int(quantize.args[names.index("bits")])
 
 

@@ -34,6 +34,7 @@ from .kernels.packing import (
     pack_float_codes,
     two_level_codes,
     two_level_row_scale,
+    with_row_scale,
     without_outliers,
 )
 
@@ -96,7 +97,8 @@ def round_weight(
     """
     if format != "int":
         rounded, note = round_float_weight(weight, hessian, layout, FORMATS[format])
-        return Rounded(without_outliers(rounded), note)
+        kept = with_row_scale if layout.per_token else without_outliers
+        return Rounded(kept(rounded), note)
     integers = IntFormat(bits)
     factor, importance, note = _error_factor(hessian.float())
     if weight_only:

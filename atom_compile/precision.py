@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .kernels import quantize
+from .kernels import quantize, quantize_e4m3
 from .kernels.packing import GroupLayout, dequantize
 from .passes.transforms import Transform, deal
 from .scheme import Scheme
@@ -39,6 +39,9 @@ def fake_quantize(
     """x (T, K) transformed -> float32 (T, K), as the quantize operators would have it."""
     if scheme.activation_bits == 16:
         return x.float()
+    if scheme.activation_format == "e4m3":
+        codes, token_scale = quantize_e4m3.reference(x)
+        return codes.float() * token_scale[..., None]
     cut = layout.group_size, layout.outlier_channels
     numbers = (scheme.activation_bits, *cut, clip, int8_groups, 0, layout.per_token)
     return dequantize(*quantize.reference(x.float(), *numbers), layout)

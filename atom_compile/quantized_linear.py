@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kernels.float8_linear import float8_linear
 from .kernels.linear import linear
 from .kernels.packing import (
     AnyWeight,
     GroupedWeight,
     GroupLayout,
     PackedWeight,
+    RowWeight,
     TwoLevelWeight,
     concatenate_rows,
     narrow_rows,
     num_rows,
 )
 from .kernels.quantize import quantize
+from .kernels.quantize_e4m3 import quantize_e4m3
 from .kernels.reorder import reorder
 from .kernels.rotate import rotate
 from .kernels.storing import is_stored, restore, store, store_order
@@ -33,6 +36,7 @@ _PRODUCTS = {
     PackedWeight: linear,
     TwoLevelWeight: two_level_linear,
     GroupedWeight: weight_only_linear,
+    RowWeight: float8_linear,
 }
 
 
@@ -41,7 +45,7 @@ class InputFormat:
     """How a linear's input is quantized: the numbers of `atom::quantize`, before it `atom::rotate`.
 
     bits: 16 if it stays as it is. cut: of the channels in order. rotation: channels per block, 0
-    for none.
+    for none. format: as in `Scheme.activation_format`; of "e4m3" cut and bits alone are read.
     """
 
     cut: GroupLayout
@@ -49,6 +53,7 @@ class InputFormat:
     clip: float
     int8_groups: int = 0
     rotation: int = 0
+    format: str = "int"
 
     @property
     def layout(self) -> GroupLayout:
@@ -146,7 +151,9 @@ class QuantizedLinear(nn.Module):
             numbers = cut.group_size, cut.outlier_channels, form.rotation
             activation = rotate(activation, *numbers)
         operands: Sequence[Any] = (activation,)
-        if form.bits < 16:
+        if form.format == "e4m3":
+            operands = quantize_e4m3(activation)
+        elif form.bits < 16:
             operands = quantize(
                 activation,
                 form.bits,

@@ -24,6 +24,7 @@ from .kernels.packing import (
     GroupedWeight,
     GroupLayout,
     PackedWeight,
+    RowWeight,
     TwoLevelWeight,
     to_device,
 )
@@ -154,7 +155,7 @@ class Recipe:
     def default_order(self, name: str) -> Tensor:
         """(K,) int64: that of a calibrated weight's channels, by their magnitude alone."""
         diagonal = self.hessian_diagonal[name]
-        if self.scheme.activation_bits == 16:
+        if not self.scheme.sorts_channels:
             by_magnitude = diagonal.argsort(descending=True, stable=True)
             return by_magnitude if self.scheme.act_order else torch.arange(len(diagonal))
         ascending = diagonal.argsort(stable=True)
@@ -326,8 +327,10 @@ def rounded_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, RoundedWeig
         prefix = f"{name}{_SEPARATOR}"
         fields = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
         kind: Any = PackedWeight
-        if "row_scale" in fields:
+        if "group_scale" in fields:
             kind = TwoLevelWeight
+        elif "row_scale" in fields:
+            kind = RowWeight
         elif "outlier_weight" not in fields:
             kind = GroupedWeight
         wanted = fields | set(kind._fields) - set(kind._field_defaults)

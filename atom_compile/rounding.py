@@ -203,7 +203,9 @@ class Rounder:
             self._choose(work.names, int8_groups=layout.num_groups, reason=reason)
             error = self._round(work)
         if error > self._error_budget:
-            activations = "16-bit" if self._scheme.activation_bits == 16 else "INT8"
+            activations = "INT8"
+            if not self._scheme.sorts_channels:
+                activations = "16-bit" if self._scheme.activation_bits == 16 else "FP8"
             budget = f"budget {self._error_budget:g}"
             reason = f"error {error:.4f} with {activations} activations, {budget}"
             self._choose(work.names, keep=True, error=0.0, reason=reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import OptionError, unknown
+from .kernels import float8_linear
 from .kernels.formats import FORMATS
 from .kernels.packing import GroupLayout
 from .kernels.weight_only_linear import least_group_size
@@ -52,7 +53,11 @@ class Scheme:
         of GPTQ (arXiv 2210.17323), where it has this name.
     weight_format: "int", or a floating-point format of kernels/formats.py: "e3m2" or "e2m3" of 6
         bits, "e2m2" of 5, "e2m1" of 4 (FP4). Its clips are searched for; `weight_clip` is not read.
-        Needs 16-bit activations. Source: FP6-LLM (arXiv 2401.14112).
+        Needs 16-bit activations, or e4m3. Source: FP6-LLM (arXiv 2401.14112).
+    activation_format: "int", or "e4m3" (FP8) with one scale per token, found at run time: then
+        `activation_bits` is 8, `weight_format` of 6 bits with one scale per output row, and
+        channels stay as they are. `activation_clip` is not read, and the groups, of 128 channels,
+        only say how a weight lies in memory.
     """
 
     weight_bits: int = 4
@@ -67,6 +72,7 @@ class Scheme:
     symmetric: bool = True
     act_order: bool = False
     weight_format: str = "int"
+    activation_format: str = "int"
 
     def __post_init__(self) -> None:
         if self.weight_format == "int" and self.weight_bits not in range(2, 5):
@@ -96,15 +102,18 @@ class Scheme:
         self._check_weight_only()
         if self.weight_format != "int":
             self._check_weight_format()
+        if self.activation_format != "int":
+            self._check_activation_format()
 
     def _check_weight_format(self) -> None:
         name = self.weight_format
         if name not in FORMATS:
             raise OptionError(unknown("weight_format", str(name), ["int", *FORMATS]))
         bits, least = FORMATS[name].bits, least_group_size(name)
-        if self.activation_bits != 16:
+        if self.activation_bits != 16 and self.activation_format == "int":
             raise OptionError(
-                f"weight_format={name!r} needs activation_bits=16; it is {self.activation_bits}"
+                f"weight_format={name!r} needs activation_bits=16 or an activation_format such as "
+                f"'e4m3'; they are {self.activation_bits} and {self.activation_format!r}"
             )
         if self.weight_bits != bits:
             raise OptionError(
@@ -117,6 +126,30 @@ class Scheme:
             )
         if not self.symmetric:
             raise OptionError(f"symmetric=False: weight_format={name!r} has no zero points")
+
+    def _check_activation_format(self) -> None:
+        name, formats = self.activation_format, float8_linear.WEIGHT_FORMATS
+        if name != "e4m3":
+            raise OptionError(unknown("activation_format", str(name), ["int", "e4m3"]))
+        if self.weight_format not in formats:
+            raise OptionError(
+                f"weight_format is {self.weight_format!r}; with activation_format='e4m3' it must "
+                f"be one of {formats}"
+            )
+        plain: dict[str, object] = {
+            "activation_bits": 8,
+            "group_size": float8_linear.GROUP_SIZE,
+            "outlier_channels": 0,
+            "int8_share": 0.0,
+            "rotation": None,
+            "two_level": False,
+        }
+        for field, wanted in plain.items():
+            if getattr(self, field) != wanted:
+                raise OptionError(
+                    f"{field} is {getattr(self, field)}; with activation_format='e4m3' it must be "
+                    f"{wanted}"
+                )
 
     def _check_two_level(self) -> None:
         if self.two_level and (self.weight_bits, self.activation_bits) != (4, 8):
@@ -163,6 +196,8 @@ class Scheme:
         `w4a8-two-level`: one scale a token, so that sums stay integers; rotated, since what is
         large among so many channels would leave the others few codes.
         `w4a16`: weights alone, in 4 bits, as GPTQ and AWQ do.
+        `w6a8`: weights of 6 bits (E2M3), one scale a row, and activations in FP8, one a token.
+            `w6a8-e3m2`: in the 6 bits of FP6-LLM.
         `w6a16`, `w5a16`, `w4a16-fp4`: weights alone, in floating point of 6 (E2M3), 5 (E2M2) and 4
             bits (E2M1). `w6a16-e3m2`: in the 6 bits of FP6-LLM.
         """
@@ -178,7 +213,16 @@ class Scheme:
         """The cut of `width` input channels; at most width / 6 of them become outliers."""
         fitting = width // _LEAST_SHARE // _OUTLIER_STEP * _OUTLIER_STEP
         outliers = min(self.outlier_channels, fitting)
-        return GroupLayout(width, self.group_size, outliers, self.two_level)
+        per_token = self.two_level or self.activation_format == "e4m3"
+        return GroupLayout(width, self.group_size, outliers, per_token)
+
+    @property
+    def sorts_channels(self) -> bool:
+        """Whether channels are sorted by magnitude, for alike ones to share a scale.
+
+        Not for activations in 16 bits or in floating point, which need none of it.
+        """
+        return self.activation_bits < 16 and self.activation_format == "int"
 
     def int8_groups(self, layout: GroupLayout) -> int:
         """How many groups are INT8 where calibration did not say."""
@@ -186,14 +230,15 @@ class Scheme:
         return max(0, blocks - int(layout.outlier_channels > 0))
 
 
-def _floating_point(name: str) -> Scheme:
+def _floating_point(name: str, activation_bits: int = 16, activation_format: str = "int") -> Scheme:
     return Scheme(
         weight_bits=FORMATS[name].bits,
-        activation_bits=16,
+        activation_bits=activation_bits,
         outlier_channels=0,
         weight_clip=1.0,
         activation_clip=1.0,
         weight_format=name,
+        activation_format=activation_format,
     )
 
 
@@ -213,6 +258,9 @@ PRESETS = {
     # in groups of 128, E2M3 leaves a third of the divergence of E3M2 (benchmarks/formats.py)
     "w6a16": _floating_point("e2m3"),
     "w6a16-e3m2": _floating_point("e3m2"),
+    # of prose-llama-25m E2M3 leaves half the divergence of E3M2 here too
+    "w6a8": _floating_point("e2m3", 8, "e4m3"),
+    "w6a8-e3m2": _floating_point("e3m2", 8, "e4m3"),
     "w5a16": _floating_point("e2m2"),
     "w4a16-fp4": _floating_point("e2m1"),
 }

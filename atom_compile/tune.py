@@ -78,10 +78,11 @@ def tune(
         if count < 1 or count & (count - 1):
             raise OptionError(f"tokens is {list(tokens)}; every number must be a power of two")
     scheme = Scheme.of(scheme)
-    if scheme.activation_bits == 16:
+    if not scheme.sorts_channels:
+        activations = "16-bit" if scheme.activation_bits == 16 else "FP8"
         raise OptionError(
-            "with 16-bit activations there is no launch to tune: atom.linear is what is tuned, and "
-            "scheme must be one that quantizes them, such as 'w4a4'"
+            f"with {activations} activations there is no launch to tune: atom.linear is what is "
+            "tuned, and scheme must be one that quantizes them to integers, such as 'w4a4'"
         )
     place = find_device(device)
     setting = Setting(

@@ -69,6 +69,8 @@ ROWS = [
     Row("w5a16", True),
     Row("w6a16", True),
     Row("w6a16-e3m2", True),
+    Row("w6a8", True),
+    Row("w6a8-e3m2", True),
     Row("w3a3", True),
     Row("w3a3-rotated", True),
     Row("w4a4", False),
@@ -80,6 +82,8 @@ ROWS = [
     Row("w5a16", False),
     Row("w6a16", False),
     Row("w6a16-e3m2", False),
+    Row("w6a8", False),
+    Row("w6a8-e3m2", False),
     Row("w3a3", False),
 ]
 
@@ -203,7 +207,7 @@ def count_blocks(recipe: atom_compile.Recipe) -> tuple[int, int]:
             continue
         seen.append(diagonal)
         layout = recipe.scheme.layout(diagonal.numel())
-        int8 = recipe.scheme.activation_bits == 8
+        int8 = recipe.scheme.activation_bits == 8 and recipe.scheme.activation_format == "int"
         wide += layout.num_scales if int8 else choice.int8_groups + (layout.outlier_channels > 0)
         total += layout.num_scales
     return wide, total

@@ -18,3 +18,9 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def multiplies_e4m3(device: torch.device) -> bool:
+    """Whether its tensor cores, and Triton, know float8_e4m3fn: Ada, Hopper and newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

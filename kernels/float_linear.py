@@ -2,7 +2,7 @@
 
     activations                                       weights
     of 16 bits, as they are                           any format: W6A16, W5A16, W4A16 with E2M1
-    e4m3, a scale per token (`quantize_e4m3`)         the same with a scale per row: W6A8
+    e4m3, a scale per token (quantize_e4m3.py)       the same with a scale per row: W6A8
     E2M1, a scale per token and group, outliers       E2M1 with a scale per row and group, outliers
         in INT8 (`quantize_e2m1`)                         in INT8: W4A4 with E2M1
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import E2M1, E4M3, FloatFormat
+from .formats import E2M1, FloatFormat
 from .packing import (
     OUTLIER_BITS,
     FloatWeight,
@@ -31,11 +31,6 @@ def float_linear(
 ) -> Tensor:
     """x (*, K), in order, what the activations stand for -> (*, N) float32."""
     return F.linear(x.float(), dequantize_float_weight(packed, layout, format))
-
-
-def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (*, K) -> codes (*, K) float8_e4m3fn, scale (*) float32."""
-    return round_to_format(x, E4M3, 1.0)
 
 
 def quantize_e2m1(x: Tensor, layout: GroupLayout, clip: float) -> tuple[Tensor, Tensor]:

@@ -56,3 +56,12 @@ def _where_its_tensors_are(launch: Callable[..., Any]) -> Callable[..., Any]:
             return launch(first, *rest, **named)
 
     return guarded
+
+
+def define_composite(schema: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Registers `atom::<schema>` as a name for other operators: whatever compiles it sees those."""
+    _LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    operator: torch._ops.OpOverload = getattr(torch.ops.atom, name).default
+    return operator

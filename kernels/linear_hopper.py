@@ -36,13 +36,13 @@ from .devices import is_hopper
 from .packing import rows_per_group
 
 _OUTLIER_STEP = 64  # outliers that fill a stage: as many bytes as a group's packed row
-_ROLE_REGISTERS = 240  # of a thread that multiplies; one that loads needs no more than 24
-_TILES_PER_BAND = 8
+ROLE_REGISTERS = 240  # of a thread that multiplies; one that loads needs no more than 24
+TILES_PER_BAND = 8
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, and before
 
 
 @gluon.jit
-def _tile_at(index, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BAND: gl.constexpr):
+def tile_at(index, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BAND: gl.constexpr):
     """Tiles go down bands of a few blocks of tokens: weights and activations stay in the L2."""
     tiles_n = gl.cdiv(N, BLOCK_N)
     band = index // (BAND * tiles_n)
@@ -52,8 +52,8 @@ def _tile_at(index, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BAND: gl
 
 
 @gluon.jit
-def _count_segments(tiles, whole_tiles, num_groups):
-    """How many segments this program has; see _segment."""
+def count_segments(tiles, whole_tiles, num_groups):
+    """How many segments this program has; see segment."""
     programs = gl.num_programs(0)
     rounds = gl.maximum(whole_tiles - gl.program_id(0) + programs - 1, 0) // programs
     shared = (tiles - whole_tiles) * num_groups
@@ -64,7 +64,7 @@ def _count_segments(tiles, whole_tiles, num_groups):
 
 
 @gluon.jit
-def _segment(number, rounds, tiles, whole_tiles, num_groups):
+def segment(number, rounds, tiles, whole_tiles, num_groups):
     """The tile of this program's segment, and which of the tile's groups, from first to end.
 
     A program takes every so many-th of the whole tiles. The groups of all other tiles, one tile
@@ -126,10 +126,10 @@ def _load(
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     last_scale = 1 if TWO_LEVEL else num_groups
     step = 0
-    rounds, segments = _count_segments(tiles, whole_tiles, num_groups)
+    rounds, segments = count_segments(tiles, whole_tiles, num_groups)
     for number in range(segments):
-        tile, first, end = _segment(number, rounds, tiles, whole_tiles, num_groups)
-        tile_m, tile_n = _tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
+        tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
         m = gl.minimum(m0 + gl.arange(0, BLOCK_M, layout=tokens_layout), M - 1)
@@ -347,7 +347,7 @@ def _with_outliers(
 
 
 @gluon.jit
-def _gather_parts(
+def gather_parts(
     acc, partial_ptr, arrivals_ptr, shared_tile, first, end, num_groups, shared_tiles,
     WARPGROUP: gl.constexpr,
 ):  # fmt: skip
@@ -375,7 +375,7 @@ def _gather_parts(
 
 
 @gluon.jit
-def _store(
+def store_rows(
     acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
@@ -412,10 +412,10 @@ def _multiply(
     ROW: gl.constexpr = 64 * BLOCKS * WARPGROUP
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
-    rounds, segments = _count_segments(tiles, whole_tiles, num_groups)
+    rounds, segments = count_segments(tiles, whole_tiles, num_groups)
     for number in range(segments):
-        tile, first, end = _segment(number, rounds, tiles, whole_tiles, num_groups)
-        tile_m, tile_n = _tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
+        tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N + ROW
         if TWO_LEVEL:
@@ -454,14 +454,14 @@ def _multiply(
         complete = end - first == num_groups
         if BLOCKS == 1:
             if not complete:
-                acc, complete = _gather_parts(
+                acc, complete = gather_parts(
                     acc, partial_ptr, arrivals_ptr, tile - whole_tiles, first, end, num_groups,
                     tiles - whole_tiles, WARPGROUP,
                 )  # fmt: skip
         if complete:
-            _store(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
+            store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
         if BLOCKS == 2:
-            _store(
+            store_rows(
                 lower_acc, bias_ptr, residual_ptr, out_ptr, m0, n0 + 64, M, N, HAS_BIAS,
                 HAS_RESIDUAL,
             )  # fmt: skip
@@ -653,11 +653,11 @@ def launch(
     weight_rows = rows_per_group(weight)
     all_rows = (num_groups - 1) * weight_rows + N  # those between two groups' own included
     stored = weight.as_strided((all_rows, half_group), (half_group, 1))
-    weight_desc = _descriptor(stored, 128 * blocks, half_group)
+    weight_desc = descriptor(stored, 128 * blocks, half_group)
     linear_hopper_kernel[(programs,)](
-        _descriptor(codes.view(M, width), block_m, 2 * half_group),
+        descriptor(codes.view(M, width), block_m, 2 * half_group),
         weight_desc,
-        _descriptor(outlier_weight, 128 * blocks, _OUTLIER_STEP) if outliers else weight_desc,
+        descriptor(outlier_weight, 128 * blocks, _OUTLIER_STEP) if outliers else weight_desc,
         scale,
         group_scale,
         outlier_scale if row_scale is None else row_scale,
@@ -681,13 +681,14 @@ def launch(
         BLOCK_M=block_m,
         BLOCKS=blocks,
         STAGES=_STAGES[tiling],
-        BAND=_TILES_PER_BAND,
-        REGISTERS=_ROLE_REGISTERS,
+        BAND=TILES_PER_BAND,
+        REGISTERS=ROLE_REGISTERS,
         num_warps=4,
     )
 
 
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """For TMA to read blocks of (rows, columns) bytes, swizzled as wgmma and ldmatrix want them."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=columns, element_bitwidth=8, rank=2)
-    return TensorDescriptor.from_tensor(matrix.view(torch.int8), [rows, columns], layout)
+    known = matrix if matrix.dtype.is_floating_point else matrix.view(torch.int8)
+    return TensorDescriptor.from_tensor(known, [rows, columns], layout)

@@ -360,6 +360,28 @@ def without_outliers(packed: FloatWeight) -> GroupedWeight:
     return GroupedWeight(packed.weight, packed.weight_scale, None, high_bits)
 
 
+class RowWeight(NamedTuple):
+    """A weight of 6 bits in floating point with one scale per row, for activations in e4m3.
+
+    weight (G, N, group_size / 2) and high_bits (G, N, group_size / 4) uint8 as in `FloatWeight`,
+    row_scale (N,) float32. Its groups only say where the codes lie.
+    """
+
+    weight: Tensor
+    high_bits: Tensor
+    row_scale: Tensor
+
+
+def pack_rows(weight: Tensor, layout: GroupLayout, format: str) -> RowWeight:
+    """Quantizes a weight `(N, K)`, rounding to nearest; layout.per_token, format of 6 bits."""
+    return with_row_scale(pack_float_weight(weight, layout, FORMATS[format]))
+
+
+def with_row_scale(packed: FloatWeight) -> RowWeight:
+    """The same weight, which has no outliers and a scale per row."""
+    return RowWeight(packed.weight, packed.high_bits, packed.weight_scale[0].float())
+
+
 def high_bytes(group_size: int, format: str) -> int:
     """How many bytes of `high_bits` a row of a group has."""
     return 0 if format == "int" else group_size * (FORMATS[format].bits - 4) // 8
@@ -372,7 +394,7 @@ def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
     return round_to_codes(outliers, OUTLIER_BITS, 1.0)
 
 
-AnyWeight = PackedWeight | TwoLevelWeight | GroupedWeight
+AnyWeight = PackedWeight | TwoLevelWeight | GroupedWeight | RowWeight
 Packed = TypeVar("Packed", bound=AnyWeight | FloatWeight)
 # the other tensors begin with the rows
 _LED_BY_GROUPS = ("weight", "high_bits", "weight_scale", "group_scale", "zero_point")
@@ -476,15 +498,17 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
 def dequantize_weight(packed: AnyWeight, layout: GroupLayout, format: str = "int") -> Tensor:
     """The float32 weight `(N, K)`, in order, that the operators compute with. For inspection.
 
-    format: only a `GroupedWeight` may have another one.
+    format: only a `GroupedWeight` may have another one, and a `RowWeight` must.
     """
     if format == "int":
         codes = unpack_int4(packed.weight).float()
     else:
-        assert isinstance(packed, GroupedWeight)
+        assert isinstance(packed, GroupedWeight | RowWeight)
         codes = _decode(packed, FORMATS[format])
     if isinstance(packed, TwoLevelWeight):
         scale = packed.group_scale * packed.row_scale
+    elif isinstance(packed, RowWeight):
+        scale = packed.row_scale
     else:
         scale = packed.weight_scale.float()
     if isinstance(packed, GroupedWeight) and packed.zero_point is not None:
@@ -500,7 +524,7 @@ def dequantize_float_weight(
     return _in_order(groups, packed, layout)
 
 
-def _decode(packed: FloatWeight | GroupedWeight, format: FloatFormat) -> Tensor:
+def _decode(packed: FloatWeight | GroupedWeight | RowWeight, format: FloatFormat) -> Tensor:
     """The float32 values (G, N, group_size)."""
     return format.decode(unpack_planes(packed.weight, packed.high_bits, format.bits))
 
@@ -508,7 +532,7 @@ def _decode(packed: FloatWeight | GroupedWeight, format: FloatFormat) -> Tensor:
 def _in_order(groups: Tensor, packed: AnyWeight | FloatWeight, layout: GroupLayout) -> Tensor:
     """groups (G, N, group_size) and the outliers -> (N, K)."""
     grouped = groups.transpose(0, 1).flatten(1)[:, : layout.width - layout.outlier_channels]
-    if isinstance(packed, GroupedWeight):
+    if isinstance(packed, GroupedWeight | RowWeight):
         return grouped
     return torch.cat([grouped, packed.outlier_weight * packed.outlier_scale[:, None]], dim=1)
 

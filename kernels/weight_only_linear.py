@@ -156,6 +156,34 @@ def _placing(dtype, pack, exponent_bits, mantissa_bits, part):
 
 
 @triton.constexpr_function
+def placing_in_e4m3(exponent_bits, mantissa_bits, part):
+    """PTX that makes e4m3 of floating-point codes, four at a time, the value times 2^-gap.
+
+    As `_placing`, but every field stays in the byte that it comes from. Results are the lower codes
+    of four bytes and the upper ones; operands the bytes of `weight` and those of `high_bits`.
+    """
+    width = exponent_bits + mantissa_bits
+    extra = width - 3  # bits of a code in high_bits
+    lines = [".reg .b32 field;"]
+    for upper in (0, 1):
+        magnitude_at = 3 - mantissa_bits
+        high_at = extra * part + 4 * upper
+        # (of which operand, from which bit, how many, to which bit)
+        fields = [("$2", 4 * upper, min(width, 4), magnitude_at)]
+        if extra > 1:
+            fields.append(("$3", high_at, extra - 1, magnitude_at + 4))
+        sign = ("$3", high_at + extra - 1) if extra else ("$2", 4 * upper + 3)
+        fields.append((*sign, 1, 7))
+        lines.append(f"mov.b32 ${upper}, 0;")
+        for operand, start, bits, to in fields:
+            shift, by = ("shl.b32", to - start) if to > start else ("shr.u32", start - to)
+            lines.append(f"{shift} field, {operand}, {by};")
+            mask = (((1 << bits) - 1) << to) * 0x01010101
+            lines.append(f"lop3.b32 ${upper}, field, {mask:#x}, ${upper}, 0xEA;")  # (a & b) | c
+    return "{" + " ".join(lines) + "}"
+
+
+@triton.constexpr_function
 def _registers(pack):
     return "=&r,=&r,=&r,=&r,r,r,r" if pack == 4 else "=&r,=&r,h,r"
 
@@ -173,9 +201,12 @@ def _num_parts(exponent_bits, mantissa_bits):
 
 
 @triton.constexpr_function
-def _power_of_gap(exponent_bits, bias):
-    """2^gap: what a code's value is of a format with that bias in which its bits are placed."""
-    return 2.0 ** (bias - ((1 << (exponent_bits - 1)) - 1)) if exponent_bits else 1.0
+def _power_of_gap(exponent_bits, dtype):
+    """2^gap: what a code's value is of the number that `to_values` makes of it in `dtype`."""
+    if exponent_bits == 0 or dtype not in (tl.float16, tl.float8e4nv):
+        return 1.0
+    bias = 15 if dtype == tl.float16 else 7
+    return 2.0 ** (bias - ((1 << (exponent_bits - 1)) - 1))
 
 
 @triton.constexpr_function
@@ -185,13 +216,24 @@ def _twice(dtype):
 
 @triton.jit
 def _place(codes, DTYPE: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr):
-    """int32 codes -> as `_placing` makes them."""
+    """int32 codes -> as `_placing` makes them, or `placing_in_e4m3`."""
     WIDTH: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS
-    magnitude = (codes & ((1 << WIDTH) - 1)) << (10 - MANTISSA_BITS)
-    placed = ((codes >> WIDTH) << 15 | magnitude).to(tl.int16).to(tl.float16, bitcast=True)
-    if not DTYPE.is_fp16():
-        placed = (placed.to(tl.float32) * _power_of_gap(EXPONENT_BITS, 15)).to(DTYPE)
+    if DTYPE.is_fp8e4nv():
+        magnitude = (codes & ((1 << WIDTH) - 1)) << (3 - MANTISSA_BITS)
+        placed = ((codes >> WIDTH) << 7 | magnitude).to(tl.int8).to(DTYPE, bitcast=True)
+    else:
+        magnitude = (codes & ((1 << WIDTH) - 1)) << (10 - MANTISSA_BITS)
+        placed = ((codes >> WIDTH) << 15 | magnitude).to(tl.int16).to(tl.float16, bitcast=True)
+        if not DTYPE.is_fp16():
+            placed = (placed.to(tl.float32) * _power_of_gap(EXPONENT_BITS, tl.float16)).to(DTYPE)
     return placed
+
+
+@triton.jit
+def _e4m3_as_float16(x):
+    """Bytes of e4m3 -> float16, 2^-8 of the value: exact, and for GPUs that know no e4m3."""
+    wide = x.to(tl.int16)
+    return ((wide & 0x80) << 8 | (wide & 0x7F) << 7).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -208,10 +250,11 @@ def to_values(
     """Packed rows (N, J) -> what their lower and upper codes stand for before they are scaled.
 
     The one place that knows the weight's format. packed, high_bits (N, J) uint8, zero_point (N,)
-    int8, each read only by formats that have it. Two tiles (N, J) of DTYPE, exact, but float16 of a
-    floating-point format is 2^-gap of it; nothing moves between threads. PACK: so many bytes of a
-    row lie side by side in a thread, 2 for Hopper's products of four warps and 4 for all others; 0
-    for no PTX at all. EXPONENT_BITS: 0 for INT4. PART: which of the parts it is.
+    int8, each read only by formats that have it. Two tiles (N, J) of DTYPE, exact, but float16 or
+    e4m3 of a floating-point format is 2^-gap of it; nothing moves between threads. PACK: so many
+    bytes of a row lie side by side in a thread, 2 for Hopper's products of four warps in 16 bits
+    and 4 for all others; 0 for no PTX at all. EXPONENT_BITS: 0 for INT4. PART: which of the parts
+    it is.
     """
     packed = packed.to(tl.int8, bitcast=True)
     high_bits = high_bits.to(tl.int8, bitcast=True)
@@ -223,6 +266,13 @@ def to_values(
                 _registers_of_planes(PACK), [packed, high_bits],
                 dtype=_twice(DTYPE), is_pure=True, pack=PACK,
             )  # fmt: skip
+        elif PACK > 0 and DTYPE.is_fp8e4nv():
+            low, high = tl.inline_asm_elementwise(
+                placing_in_e4m3(EXPONENT_BITS, MANTISSA_BITS, PART), "=&r,=&r,r,r",
+                [packed, high_bits], dtype=_twice(tl.int8), is_pure=True, pack=4,
+            )  # fmt: skip
+            low = low.to(DTYPE, bitcast=True)
+            high = high.to(DTYPE, bitcast=True)
         else:
             EXTRA: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS - 3
             low_codes = packed.to(tl.int32) & 0xF
@@ -250,6 +300,7 @@ def to_values(
 @triton.jit
 def weight_only_kernel(
     x_ptr,
+    x_scale_ptr,
     weight_ptr,
     weight_scale_ptr,
     zero_point_ptr,
@@ -270,6 +321,7 @@ def weight_only_kernel(
     EXPONENT_BITS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
+    PER_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -290,8 +342,9 @@ def weight_only_kernel(
     HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
     PART_BYTES: tl.constexpr = HALF_GROUP // PARTS  # bytes of a row of a group
     STEPS: tl.constexpr = PART_BYTES // PART_STEP  # a group's
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, 15) if DTYPE.is_fp16() else 1.0
+    OF_BYTES: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
+    DTYPE: tl.constexpr = tl.float16 if OF_BYTES else x_ptr.dtype.element_ty
+    UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, DTYPE)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1) if IS_SPLIT else 1
@@ -312,7 +365,7 @@ def weight_only_kernel(
     first = split * num_groups // splits
     end = (split + 1) * num_groups // splits
     # Triton does not pipeline loads this small: they are fetched one step ahead
-    scale_at = tl.cast(first, tl.int64) * weight_rows + n
+    scale_at = tl.cast(0 if PER_ROW else first, tl.int64) * weight_rows + n
     scale = tl.load(weight_scale_ptr + scale_at, mask=live_n, other=0.0)
     zero_point = tl.zeros((BLOCK_N,), dtype=tl.int8)
     if HAS_ZERO_POINT:
@@ -322,7 +375,8 @@ def weight_only_kernel(
         byte = (step % STEPS) * PART_STEP
         following = tl.cast(tl.minimum((step + 1) // STEPS, num_groups - 1), tl.int64)
         following = following * weight_rows + n
-        next_scale = tl.load(weight_scale_ptr + following, mask=live_n, other=0.0)
+        if not PER_ROW:
+            next_scale = tl.load(weight_scale_ptr + following, mask=live_n, other=0.0)
         if HAS_ZERO_POINT:
             next_zero_point = tl.load(zero_point_ptr + following, mask=live_n, other=0)
         first_row = tl.cast(group, tl.int64) * weight_rows
@@ -341,16 +395,25 @@ def weight_only_kernel(
             else:
                 x_low = tl.load(x_tile + channel)
                 x_high = tl.load(x_tile + channel + HALF_GROUP)
+            if OF_BYTES:
+                x_low = _e4m3_as_float16(x_low)
+                x_high = _e4m3_as_float16(x_high)
             low, high = to_values(
                 packed, high_bits if HAS_HIGH_BITS else packed, zero_point,
                 DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part,
             )  # fmt: skip
             sums = tl.dot(low, x_low, sums, input_precision="ieee")
             sums = tl.dot(high, x_high, sums, input_precision="ieee")
-        acc += sums * (scale.to(tl.float32) * UNPLACED)[:, None]
-        scale = next_scale
+        if PER_ROW:
+            acc += sums
+        else:
+            acc += sums * (scale.to(tl.float32) * UNPLACED)[:, None]
+            scale = next_scale
         if HAS_ZERO_POINT:
             zero_point = next_zero_point
+    if PER_ROW:
+        x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
+        acc = acc * (UNPLACED * (256.0 if OF_BYTES else 1.0)) * (scale[:, None] * x_scale[None, :])
 
     store_tile(
         acc, m, n, M, N, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
@@ -372,23 +435,27 @@ def dequantize_kernel(
     EXPONENT_BITS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
+    PER_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PACK: tl.constexpr,
 ):
-    """One group of BLOCK_N rows of the weight (N, K)."""
+    """One group of BLOCK_N rows of the weight (N, K).
+
+    PER_ROW: weight_scale is (N,). In e4m3 `out` is not scaled: it has the codes as they are placed.
+    """
     PARTS: tl.constexpr = _num_parts(EXPONENT_BITS, MANTISSA_BITS)
     HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
     PART_BYTES: tl.constexpr = HALF_GROUP // PARTS
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, 15) if DTYPE.is_fp16() else 1.0
+    UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, DTYPE)
     group = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_n = n < N
     at = tl.cast(group, tl.int64) * weight_rows + n
     lane = tl.arange(0, PART_BYTES)
     live = live_n[:, None]
-    scale = tl.load(weight_scale_ptr + at, mask=live_n, other=0.0).to(tl.float32) * UNPLACED
-    scale = scale[:, None]
+    scale = tl.load(weight_scale_ptr + (n if PER_ROW else at), mask=live_n, other=0.0)
+    scale = (scale.to(tl.float32) * UNPLACED)[:, None]
     zero_point = tl.zeros((BLOCK_N,), dtype=tl.int8)
     if HAS_ZERO_POINT:
         zero_point = tl.load(zero_point_ptr + at, mask=live_n, other=0)
@@ -403,12 +470,11 @@ def dequantize_kernel(
         )  # fmt: skip
         channel = group * 2 * HALF_GROUP + byte[None, :]
         out = out_ptr + n.to(tl.int64)[:, None] * K + channel
-        tl.store(out, (low.to(tl.float32) * scale).to(DTYPE), mask=live & (channel < K))
-        tl.store(
-            out + HALF_GROUP,
-            (high.to(tl.float32) * scale).to(DTYPE),
-            mask=live & (channel + HALF_GROUP < K),
-        )
+        if not DTYPE.is_fp8e4nv():
+            low = (low.to(tl.float32) * scale).to(DTYPE)
+            high = (high.to(tl.float32) * scale).to(DTYPE)
+        tl.store(out, low, mask=live & (channel < K))
+        tl.store(out + HALF_GROUP, high, mask=live & (channel + HALF_GROUP < K))
 
 
 PATH = "triton 16-bit"
@@ -504,12 +570,17 @@ def multiply_packed(
     tiling: Tiling,
     *,
     format: str = "int",
+    x_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`launch` by one kernel, in x's dtype, for at least one token."""
+    """`launch` by one kernel, in x's dtype, for at least one token.
+
+    x_scale, dtype: of `float8_linear`, whose x is e4m3 or its bytes, and weight_scale (N,).
+    """
     num_groups, N, half_group = weight.shape
     K = x.shape[-1]
     x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], N)
+    out = x.new_empty(*x.shape[:-1], N, dtype=dtype or x.dtype)
     if residual is not None:
         residual = residual.expand(out.shape).contiguous()
     tiles, partial, arrivals = split_buffers(out, tiling)
@@ -517,6 +588,7 @@ def multiply_packed(
     parts = _num_parts(exponent_bits, mantissa_bits)
     weight_only_kernel[(tiles, tiling.split_k)](
         x,
+        out if x_scale is None else x_scale.contiguous(),
         weight,
         weight_scale,
         out if zero_point is None else zero_point,
@@ -537,6 +609,7 @@ def multiply_packed(
         EXPONENT_BITS=exponent_bits,
         MANTISSA_BITS=mantissa_bits,
         HAS_ZERO_POINT=zero_point is not None,
+        PER_ROW=x_scale is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         BLOCK_M=tiling.block_m,
@@ -562,28 +635,41 @@ def multiply_dense(
     format: str = "int",
 ) -> Tensor:
     """`launch` by way of the whole weight in x's dtype, for as long as the call takes."""
+    packed = GroupedWeight(weight, weight_scale, zero_point, high_bits)
+    dense = dequantize(packed, x.shape[-1], x.dtype, format)
+    out = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
+    return out if residual is None else out + residual
+
+
+def dequantize(packed: GroupedWeight, K: int, dtype: torch.dtype, format: str) -> Tensor:
+    """The weight (N, K) in `dtype`, on a GPU.
+
+    In e4m3 its codes as they are placed, not scaled: 2^-gap of their values. weight_scale may be
+    (N,), one for a row.
+    """
+    weight, weight_scale, zero_point, high_bits = packed
     num_groups, N, half_group = weight.shape
-    dense = x.new_empty(N, x.shape[-1])
+    dense = weight.new_empty(N, K, dtype=dtype)
     exponent_bits, mantissa_bits = _bits(format)
     block_n = max(1, 4096 // half_group)
     dequantize_kernel[(triton.cdiv(N, block_n), num_groups)](
         weight,
         weight_scale,
-        dense if zero_point is None else zero_point,
-        dense if high_bits is None else high_bits,
+        weight if zero_point is None else zero_point,
+        weight if high_bits is None else high_bits,
         dense,
         N,
-        x.shape[-1],
+        K,
         weight.stride(0) // half_group,
         HALF_GROUP=half_group,
         EXPONENT_BITS=exponent_bits,
         MANTISSA_BITS=mantissa_bits,
         HAS_ZERO_POINT=zero_point is not None,
+        PER_ROW=weight_scale.dim() == 1,
         BLOCK_N=block_n,
-        PACK=4 if x.is_cuda else 0,
+        PACK=4 if weight.is_cuda else 0,
     )
-    out = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
-    return out if residual is None else out + residual
+    return dense
 
 
 weight_only_linear = define(

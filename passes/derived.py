@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..kernels.float8_linear import float8_linear
 from ..kernels.linear import linear
 from ..kernels.packing import (
     AnyWeight,
     GroupedWeight,
     GroupLayout,
     PackedWeight,
+    RowWeight,
     TwoLevelWeight,
     concatenate_rows,
     pack_grouped,
+    pack_rows,
     pack_two_level,
     pack_weight,
     select_rows,
@@ -178,7 +181,7 @@ class LinearPart:
         return (self.weight.node, *bias, *(self.row_order.sources if self.row_order else ()))
 
 
-PRODUCTS = {linear: 2, two_level_linear: 2, weight_only_linear: 1}
+PRODUCTS = {linear: 2, two_level_linear: 2, float8_linear: 2, weight_only_linear: 1}
 """Operators on (codes, scale, *packed weight, bias, residual, dtype), or on x instead of the first
 two, and how many of the operands are the activation's."""
 _MOST_AT_ONCE = 2**22  # numbers of a weight that are rounded at a time: 16 MiB for each in float32
@@ -195,8 +198,8 @@ class PackedLinear:
     """Packed weight (up to five tensors, see packing.py) and bias of the linears in one product.
 
     Its `operator` is the one of PRODUCTS that multiplies by it, with the keywords `named` beside
-    the operands. weight_only: activations stay in 16 bits. symmetric, format: as `pack_grouped` has
-    them, for such a weight alone.
+    the operands. weight_only: activations stay in 16 bits. symmetric: as `pack_grouped` has it, for
+    such a weight alone. format: of the weight.
     """
 
     parts: tuple[LinearPart, ...]
@@ -218,9 +221,16 @@ class PackedLinear:
         return self.transform.layout
 
     @property
+    def scales_rows(self) -> bool:
+        """Whether the weight has one scale per row and nothing else: for activations in e4m3."""
+        return self.layout.per_token and self.format != "int"
+
+    @property
     def operator(self) -> torch._ops.OpOverload:
         if self.weight_only:
             return weight_only_linear
+        if self.scales_rows:
+            return float8_linear
         return two_level_linear if self.layout.per_token else linear
 
     @property
@@ -232,6 +242,8 @@ class PackedLinear:
         """Of the packed weight, the first tensors that `compute` gives; the last is the bias."""
         if self.weight_only:
             return GroupedWeight
+        if self.scales_rows:
+            return RowWeight
         return TwoLevelWeight if self.layout.per_token else PackedWeight
 
     @property
@@ -283,6 +295,8 @@ class PackedLinear:
         if self.weight_only:
             numbers = self.bits, self.clip, self.symmetric, self.format
             return pack_grouped(columns, self.layout, *numbers)
+        if self.scales_rows:
+            return pack_rows(columns, self.layout, self.format)
         if self.layout.per_token:
             return pack_two_level(columns, self.layout)
         return pack_weight(columns, self.layout, self.bits, self.clip)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..kernels.packing import GroupLayout, high_bytes
+from ..kernels.packing import GroupLayout, RowWeight, high_bytes
 from ..kernels.quantize import quantize
+from ..kernels.quantize_e4m3 import quantize_e4m3
 from ..kernels.reorder import reorder
 from ..kernels.rotate import rotate
 from .derived import ChannelOrder, InputTransform, LinearPart, PackedLinear, WeightRef
@@ -33,7 +34,12 @@ def insert_quantization(
           codes, scale = atom.quantize(r, ...)
           y = atom.linear(codes, scale, *packed_weight, bias, None, dtype)
 
-    or atom.two_level_linear, if the scheme says so. If it leaves activations in 16 bits:
+    or atom.two_level_linear, if the scheme says so. If its activations are in e4m3:
+
+      ->  codes, scale = atom.quantize_e4m3(x)
+          y = atom.float8_linear(codes, scale, *packed_weight, bias, None, dtype, format=...)
+
+    If it leaves activations in 16 bits:
 
       ->  r = atom.reorder(x, order)                only for GPTQ's act-order
           y = atom.weight_only_linear(r, *packed_weight, bias, None, dtype, format=...)
@@ -83,6 +89,8 @@ def _quantized(
 ) -> tuple[Node, Node]:
     """Codes and scale of x, whose channels are in order."""
     like = plan.found.node
+    if scheme.activation_format == "e4m3":
+        return quantized_pair(graph, quantize_e4m3, (x,), like=like)
     cut = (transform.cut.group_size, transform.cut.outlier_channels)
     if transform.rotation:
         x = call(graph, rotate, (x, *cut, transform.rotation), like=like)
@@ -123,7 +131,11 @@ def weight_placeholders(graph: Graph, packed: PackedLinear) -> list[Node | None]
         fakes: dict[str, torch.Tensor | None] = {
             "weight": empty(G, N, layout.group_size // 2, dtype=torch.uint8)
         }
-        if layout.per_token:
+        P = high_bytes(layout.group_size, packed.format)
+        high_bits = empty(G, N, P, dtype=torch.uint8) if P else None
+        if packed.kind is RowWeight:
+            fakes |= {"high_bits": high_bits, "row_scale": empty(N, dtype=torch.float32)}
+        elif layout.per_token:
             fakes["group_scale"] = empty(G, N, dtype=torch.int8)
             fakes["row_scale"] = empty(N, dtype=torch.float32)
         else:
@@ -131,9 +143,8 @@ def weight_placeholders(graph: Graph, packed: PackedLinear) -> list[Node | None]
         if packed.weight_only:
             has_zero_point = not packed.symmetric
             fakes["zero_point"] = empty(G, N, dtype=torch.int8) if has_zero_point else None
-            P = high_bytes(layout.group_size, packed.format)
-            fakes["high_bits"] = empty(G, N, P, dtype=torch.uint8) if P else None
-        else:
+            fakes["high_bits"] = high_bits
+        elif packed.kind is not RowWeight:
             fakes["outlier_weight"] = empty(N, layout.outlier_channels, dtype=torch.int8)
             fakes["outlier_scale"] = empty(N, dtype=torch.float32)
         biases = [value(part.bias) for part in packed.parts if part.bias is not None]

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..kernels.packing import GroupLayout
 from ..kernels.quantize import quantize
+from ..kernels.quantize_e4m3 import quantize_e4m3
 from ..kernels.rotate import rotate
 from .derived import PRODUCTS, LinearPart, WeightRef, operands_of
 from .graphs import call, fake_mode, is_call, module_path, placeholder, value
@@ -76,10 +77,14 @@ def _match(node: Node) -> HeldLinear | None:
         return None
     outlier_channels, per_token = 0, False
     if scale:
-        if not is_call(x, operator.getitem) or not is_call(x.args[0], quantize):
+        if not is_call(x, operator.getitem) or not is_call(x.args[0], quantize, quantize_e4m3):
             return None
-        outlier_channels = value(operands[-2]).shape[1]
-        x, per_token = x.args[0].args[0], x.args[0].args[-1] is True
+        if is_call(x.args[0], quantize_e4m3):
+            per_token = True
+        else:
+            outlier_channels = value(operands[-2]).shape[1]
+            per_token = x.args[0].args[-1] is True
+        x = x.args[0].args[0]
     ordered = x
     while is_call(ordered, rotate):
         ordered = ordered.args[0]

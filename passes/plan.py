@@ -121,7 +121,7 @@ def _transform(
 ) -> InputTransform:
     weights = tuple(WeightRef(linear.weight, linear.name, linear.transposed) for linear in linears)
     layout = scheme.layout(linears[0].in_features)
-    if scheme.activation_bits == 16:
+    if not scheme.sorts_channels:
         kept, descending = not scheme.act_order, scheme.act_order
         order = ChannelOrder(weights, recipe, kept=kept, descending=descending)
         return InputTransform(order, layout)

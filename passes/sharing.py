@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..kernels.quantize import quantize
+from ..kernels.quantize_e4m3 import quantize_e4m3
 from ..kernels.reorder import reorder
 from ..kernels.rotate import rotate
 from .derived import PRODUCTS, PackedLinear, operands_of
@@ -18,6 +19,8 @@ from .graphs import call, erase_unused, is_call, value
 from .insertion import weight_placeholders
 from .packed import HeldLinear, held_operands, merge_held
 from .record import Record
+
+_QUANTIZE = (quantize, quantize_e4m3)
 
 
 def share_inputs(gm: GraphModule, record: Record) -> GraphModule:
@@ -46,8 +49,8 @@ def share_inputs(gm: GraphModule, record: Record) -> GraphModule:
 def _deduplicate(graph: Graph) -> None:
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
-        quantized = is_call(node, operator.getitem) and is_call(node.args[0], quantize)
-        if not quantized and not is_call(node, reorder, rotate, quantize):
+        quantized = is_call(node, operator.getitem) and is_call(node.args[0], *_QUANTIZE)
+        if not quantized and not is_call(node, reorder, rotate, *_QUANTIZE):
             continue
         first = seen.setdefault((node.target, node.args), node)
         if first is not node:

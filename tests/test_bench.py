@@ -20,7 +20,7 @@ from atom_compile.bench import Result, Row, Shape, layer, operators, timing
 from atom_compile.bench.cases import Setting
 from atom_compile.errors import OptionError
 from atom_compile.kernels import quantize
-from atom_compile.kernels.packing import pack_grouped, pack_weight
+from atom_compile.kernels.packing import pack_grouped, pack_rows, pack_weight
 from atom_compile.options import Options
 from atom_compile.scheme import Scheme
 
@@ -83,6 +83,23 @@ def test_bytes_are_those_of_the_packed_weight() -> None:
         grouped = pack_grouped(weight, scheme.layout(K), 4, 1.0, *numbers)
         tensors = [one for one in grouped if one is not None]
         assert layer._packed_bytes(N, K, scheme) == sum(tensor.nbytes for tensor in tensors)
+    scheme = Scheme.preset("w6a8")
+    rows = pack_rows(weight, scheme.layout(K), scheme.weight_format)
+    assert layer._packed_bytes(N, K, scheme) == sum(tensor.nbytes for tensor in rows)
+
+
+def test_linears_in_float8() -> None:
+    result = bench.run(
+        TINY, tokens=[1, 5], scheme="w6a8", device="cpu", level="operators", only=["down_proj"],
+        quick=True,
+    )  # fmt: skip
+    assert result.failures == []
+    assert {row.variant for row in result.rows} == {"baseline", "unfused", "fused"}
+    for row in result.rows:
+        assert row.error is not None and row.error <= row.error_limit
+        assert row.arithmetic == ("16-bit" if row.variant == "baseline" else "8-bit")
+    with pytest.raises(OptionError, match="only linears are timed"):
+        bench.run(TINY, scheme="w6a8", device="cpu", level="operators", only=["norm"])
 
 
 @pytest.mark.parametrize("scheme", [WEIGHT_ONLY, "w5a16"])

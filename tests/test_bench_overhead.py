@@ -31,6 +31,14 @@ def test_weight_only_linears_quantize_nothing(scheme: str, tmp_path: Path) -> No
     assert operators == ["weight_only_linear", "F.linear", "torch.add"]
 
 
+def test_linears_in_float8_and_what_quantizes_for_them(tmp_path: Path) -> None:
+    arguments = ["bench", "--level", "overhead", "--device", "cpu", "--quick", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--scheme", "w6a8", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    operators = [row["op"] for row in json.loads(result.stdout)["rows"]]
+    assert operators == ["float8_linear", "quantize_e4m3", "F.linear", "torch.add"]
+
+
 def test_json_is_all_that_stdout_gets_and_the_page_is_written(tmp_path: Path) -> None:
     page = tmp_path / "new" / "report.html"
     arguments = ["bench", "--level", "overhead", "--device", "cpu", "--quick", "--json"]

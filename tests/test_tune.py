@@ -79,9 +79,12 @@ def test_tokens_are_powers_of_two(tmp_path: Path) -> None:
         next(tuning.tune([TINY], tokens=[1, 3], device="cpu", folder=tmp_path))
 
 
-def test_schemes_without_quantized_activations_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="16-bit activations there is no launch to tune"):
-        next(tuning.tune([TINY], scheme="w4a16", device="cpu", folder=tmp_path))
+@pytest.mark.parametrize(("scheme", "activations"), [("w4a16", "16-bit"), ("w6a8", "FP8")])
+def test_schemes_without_integer_activations_are_refused(
+    scheme: str, activations: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=f"{activations} activations there is no launch to tune"):
+        next(tuning.tune([TINY], scheme=scheme, device="cpu", folder=tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -117,6 +117,9 @@ def linear_bytes(shape: Shape, numbers: torch.dtype | Scheme) -> int:
 def _packed_bytes(N: int, K: int, scheme: Scheme) -> int:
     """Of a packed weight: codes and scales of the groups, INT8 outliers and float32 scales."""
     layout = scheme.layout(K)
+    if scheme.activation_format == "e4m3":
+        codes = layout.group_size // 2 + high_bytes(layout.group_size, scheme.weight_format)
+        return N * (layout.num_groups * codes + 4)
     if scheme.activation_bits == 16:  # a scale of 16 bits, and a zero point of 8 if there is one
         codes = layout.group_size // 2 + high_bytes(layout.group_size, scheme.weight_format)
         return N * layout.num_groups * (codes + (2 if scheme.symmetric else 3))

@@ -7,10 +7,11 @@
     o_proj_input  -          reorder, quantize             reorder_quantize
 
 With 16-bit activations nothing is quantized: the linears alone are timed, and what is called fused
-is atom.weight_only_linear.
+is atom.weight_only_linear. With FP8 activations it is Inductor that quantizes: the linears alone
+are timed, atom.float8_linear and, unfused, the quantization before it.
 
-RMSNorm and SiLU * up are compiled by Inductor. On a CPU our operators run as their references,
-uncompiled; only the decoder layer (layer.py) runs as the backend compiles it.
+RMSNorm, SiLU * up and the quantization to FP8 are compiled by Inductor. On a CPU our operators run
+as their references, uncompiled; only the decoder layer (layer.py) runs as the backend compiles it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 
 from ..errors import OptionError
 from ..kernels import (
+    float8_linear,
     gated_quantize,
     linear,
     norm_quantize,
@@ -36,9 +38,11 @@ from ..kernels.packing import (
     AnyWeight,
     dequantize,
     pack_grouped,
+    pack_rows,
     pack_two_level,
     pack_weight,
 )
+from ..kernels.quantize_e4m3 import quantize_e4m3
 from ..kernels.reorder import reorder
 from .cases import OTHER_ROUNDING, SAME_ROUNDING, Case, Draw, Setting, checked_tokens
 from .peers import PEERS, peer_case, peer_weights
@@ -60,10 +64,11 @@ def operator_cases(setting: Setting) -> Iterator[Case]:
         "silu_mul": _silu_mul_cases,
         "o_proj_input": _o_proj_input_cases,
     }
-    if setting.scheme.activation_bits == 16:
+    if not setting.scheme.sorts_channels:
         if not set(wanted) & set(_LINEARS):
             raise OptionError(
-                f"only is {list(setting.only)}: with 16-bit activations only linears are timed"
+                f"only is {list(setting.only)}: with activations in 16 bits or FP8 only linears "
+                "are timed"
             )
         return
     for op, cases in quantizing.items():
@@ -84,7 +89,8 @@ def _quantize_numbers(setting: Setting, width: int) -> tuple[Any, ...]:
 def _linear_cases(setting: Setting, op: str, N: int, K: int) -> Iterator[Case]:
     scheme, layout = setting.scheme, setting.scheme.layout(K)
     weight_only = scheme.activation_bits == 16
-    ours = _weight_only_case if weight_only else _quantized_cases
+    in_float8 = scheme.activation_format == "e4m3"
+    ours = _float8_cases if in_float8 else _weight_only_case if weight_only else _quantized_cases
 
     @functools.cache
     def dense(index: int) -> Tensor:
@@ -96,6 +102,8 @@ def _linear_cases(setting: Setting, op: str, N: int, K: int) -> Iterator[Case]:
         if weight_only:
             numbers = scheme.weight_bits, scheme.weight_clip, scheme.symmetric
             return pack_grouped(weight, layout, *numbers, scheme.weight_format)
+        if in_float8:
+            return pack_rows(weight, layout, scheme.weight_format)
         if layout.per_token:
             return pack_two_level(weight, layout)
         return pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
@@ -153,6 +161,46 @@ def _weight_only_case(
             flops=2 * M * N * K,
             path=weight_only_linear.describe(M, N, layout, dtype, setting.device),
         )
+    ]
+
+
+def _float8_cases(
+    setting: Setting, op: str, M: int, N: int, K: int, packed: Callable[[int], AnyWeight]
+) -> list[Case]:
+    dtype, layout = setting.dtype, setting.scheme.layout(K)
+    format = setting.scheme.weight_format
+    checked = checked_tokens(setting, M)
+
+    def multiply(*inputs: Tensor) -> Tensor:
+        out: Tensor = float8_linear.float8_linear(*inputs, None, None, dtype, format=format)
+        return out
+
+    def reference(codes: Tensor, scale: Tensor, *packed: Tensor) -> Tensor:
+        arguments: tuple[Any, ...] = (codes[checked], scale[checked], *packed, None, None, dtype)
+        return float8_linear.reference(*arguments, format=format)
+
+    ours = functools.partial(
+        _case_of_linear(setting, op, M, N, K),
+        flops=2 * M * N * K,
+        arithmetic="8-bit",
+        path=float8_linear.describe(M, N, layout, dtype, setting.device),
+    )
+    quantize_alone = by_inductor(quantize_e4m3)
+    return [
+        ours(
+            variant="unfused",
+            runs="atom.quantize_e4m3, atom.float8_linear",
+            inputs=lambda draw: (draw.normal(M, K), *packed(draw.index)),
+            function=lambda x, *packed: multiply(*quantize_alone(x), *packed),
+            reference=lambda x, *packed: reference(*quantize_e4m3(x), *packed),
+        ),
+        ours(
+            variant="fused",
+            runs="atom.float8_linear, its input arriving quantized",
+            inputs=lambda draw: (*quantize_e4m3(draw.normal(M, K)), *packed(draw.index)),
+            function=multiply,
+            reference=reference,
+        ),
     ]
 
 

@@ -24,8 +24,16 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.nn import functional as F
 
-from ..kernels import gated_quantize, linear, norm_quantize, quantize, weight_only_linear
-from ..kernels.packing import pack_grouped, pack_weight
+from ..kernels import (
+    float8_linear,
+    gated_quantize,
+    linear,
+    norm_quantize,
+    quantize,
+    quantize_e4m3,
+    weight_only_linear,
+)
+from ..kernels.packing import pack_grouped, pack_rows, pack_weight
 from ..scheme import Scheme
 from .cases import Setting
 from .result import describe_environment, save_files
@@ -150,6 +158,17 @@ def _calls(setting: Setting) -> list[_Call]:
         ours = functools.partial(weight_only_linear.weight_only_linear, format=format)
         launcher = functools.partial(weight_only_linear.launch, format=format)
         return [_Call("weight_only_linear", ours, launcher, arguments), *others]
+    if scheme.activation_format == "e4m3":
+        format = scheme.weight_format
+        rows = pack_rows(weight, layout, format)
+        arguments = *quantize_e4m3.reference(x), *rows, None, None, dtype
+        ours = functools.partial(float8_linear.float8_linear, format=format)
+        launcher = functools.partial(float8_linear.launch, format=format)
+        return [
+            _Call("float8_linear", ours, launcher, arguments),
+            _Call("quantize_e4m3", quantize_e4m3.quantize_e4m3, None, (x,)),
+            *others,
+        ]
     packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
     product = *quantize.reference(x, *numbers), *packed, None, None, dtype
     norm = draw.norm_weight(K), None, draw.order(K), 1e-5, False, True, dtype

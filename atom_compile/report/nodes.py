@@ -34,9 +34,11 @@ KINDS = {
 _OPERATOR_KINDS = {
     "atom.reorder": "reorder",
     "atom.quantize": "quantize",
+    "atom.quantize_e4m3": "quantize",
     "atom.linear": "int4",
     "atom.two_level_linear": "int4",
     "atom.weight_only_linear": "int4",
+    "atom.float8_linear": "int4",
     "atom.embedding": "int4",
     "atom.attention": "attention",
     "atom.attention_quantize": "attention",

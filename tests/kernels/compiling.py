@@ -22,6 +22,8 @@ from atom_compile.kernels import (
     attention_decode,
     attention_prefill,
     attention_quantize,
+    float8_hopper,
+    float8_linear,
     formats,
     gated_quantize,
     kv_cache,
@@ -30,6 +32,7 @@ from atom_compile.kernels import (
     norm_quantize,
     packing,
     quantize,
+    quantize_e4m3,
     rope_append,
     rotate,
     weight_only_linear,
@@ -46,6 +49,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -90,7 +94,7 @@ class Compiled:
         if isinstance(value, Tensor):
             return TYPES[value.dtype]
         if isinstance(value, TensorDescriptor):
-            return f"tensordesc<i8{value.block_shape},{value.layout!r}>"
+            return f"tensordesc<{TYPES[value.base.dtype][1:]}{value.block_shape},{value.layout!r}>"
         if value is None:
             return "constexpr"
         return "i32" if isinstance(value, int) else "fp32"
@@ -165,6 +169,18 @@ def main(capability: int) -> None:
                 compile_weight_only(dtype, group_size=128, symmetric=True, K=K, format=format)
         compile_weight_only(torch.bfloat16, group_size=512, symmetric=True, K=1000, format="e3m2")
         compile_weight_only(torch.float32, group_size=128, symmetric=True, K=K, format="e2m3")
+        patch.setattr(float8_linear, "multiprocessors", lambda device: 132)
+        patch.setattr(float8_linear, "multiplies_e4m3", lambda device: capability >= 89)
+        for format in float8_linear.WEIGHT_FORMATS:
+            compile_float8(format, K=K)
+        compile_float8("e2m3", K=1000)
+        if capability == 90:
+            kernel = Compiled(float8_hopper.float8_hopper_kernel, capability)
+            patch.setattr(float8_hopper, "float8_hopper_kernel", kernel)
+            patch.setattr(float8_hopper, "is_hopper", lambda device: True)
+            float8_linear.choose_tiling.cache_clear()
+            for format in float8_linear.WEIGHT_FORMATS:
+                compile_float8(format, K=K)
         patch.setattr(kv_cache, "append_kernel", Compiled(kv_cache.append_kernel, capability))
         patch.setattr(kv_cache, "read_kernel", Compiled(kv_cache.read_kernel, capability))
         for module, name in (
@@ -196,6 +212,16 @@ def compile_weight_only(
         residual = torch.zeros(M, N, dtype=dtype)
         x = torch.zeros(M, K, dtype=dtype)
         weight_only_linear.launch(x, *packed, residual[0], residual, dtype, format=format)
+
+
+def compile_float8(format: str, K: int) -> None:
+    N, layout = 4096, packing.GroupLayout(K, float8_linear.GROUP_SIZE, 0, per_token=True)
+    packed = packing.pack_rows(torch.randn(N, K), layout, format)
+    for M in (1, 16, 64, 200, 300):
+        residual = torch.zeros(M, N, dtype=torch.bfloat16)
+        codes, scale = quantize_e4m3.reference(torch.zeros(M, K))
+        extras = residual[0], residual, torch.bfloat16
+        float8_linear.launch(codes, scale, *packed, *extras, format=format)
 
 
 def compile_attention(D: int, bits: int, groups: int, tokens: int, plain: bool) -> None:

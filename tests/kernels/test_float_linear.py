@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atom_compile.kernels.float_linear import float_linear, quantize_e2m1, quantize_e4m3
+from atom_compile.kernels.float_linear import float_linear, quantize_e2m1
 from atom_compile.kernels.formats import E2M1, E2M2, E2M3, E3M2, E4M3, FloatFormat
 from atom_compile.kernels.packing import (
     GroupLayout,
@@ -16,6 +16,7 @@ from atom_compile.kernels.packing import (
     pack_float_weight,
     unpack_planes,
 )
+from atom_compile.kernels.quantize_e4m3 import quantize_e4m3
 
 from .cases import dtypes, few_examples, layouts, seeds, tokens
 

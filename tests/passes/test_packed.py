@@ -39,7 +39,9 @@ def hand_written() -> Any:
     return HandWritten(norm=Standardize, bias=True).eval()
 
 
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16", "w6a8"]
+)
 @pytest.mark.parametrize("make", [tiny_llama, qwen, hand_written])
 def test_the_same_operators_and_results(make: Any, scheme: str) -> None:
     model, ids = make(), token_batch()
@@ -105,11 +107,12 @@ def test_explain_lists_them() -> None:
     assert report.to_dict()["layers"]
 
 
-def test_explain_knows_the_bits_of_floating_point_weights() -> None:
+@pytest.mark.parametrize(("scheme", "activation_bits"), [("w6a16", 16), ("w6a8", 8)])
+def test_explain_knows_the_bits_of_floating_point(scheme: str, activation_bits: int) -> None:
     model = tiny_llama()
-    quantize(model, "w6a16", progress=False)
+    quantize(model, scheme, progress=False)
     down = next(one for one in explain(model, token_batch()).layers if "down_proj" in one.name)
-    assert (down.weight_bits, down.activation_bits) == (6, 16)
+    assert (down.weight_bits, down.activation_bits) == (6, activation_bits)
 
 
 def test_part_of_a_model_is_packed() -> None:

@@ -1,0 +1,326 @@
+"""The product of `float8_linear` for many tokens on Hopper: `linear_hopper`'s roles, with e4m3.
+
+One warp loads a stage, a group of channels, by TMA alone: codes, and both planes of the weight. Two
+warpgroups put their 64 rows into e4m3 in the registers that wgmma reads. wgmma keeps some 14 bits
+of a sum, so each group's is added up by itself and then to the float32 one; two groups are under
+way at a time. All scaling is at a tile's end.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from . import linear_hopper
+from .arrivals import arrivals_of
+from .devices import is_hopper
+from .formats import FORMATS
+from .linear_hopper import (
+    HopperTiling,
+    count_segments,
+    descriptor,
+    gather_parts,
+    segment,
+    store_rows,
+    tile_at,
+)
+from .packing import RowWeight, rows_per_group
+from .weight_only_linear import placing_in_e4m3
+
+
+@gluon.jit
+def _load(
+    codes_desc, weight_desc, high_bits_desc, codes_ring, weight_ring, high_bits_ring, full, empty,
+    M, N, weight_rows, num_groups, whole_tiles, BLOCK_M: gl.constexpr, BAND: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp: fills the ring with each segment's groups."""
+    BLOCK_N: gl.constexpr = weight_ring.shape[1]
+    GROUP: gl.constexpr = codes_ring.shape[2]
+    STAGE_BYTES: gl.constexpr = BLOCK_M * GROUP + BLOCK_N * (GROUP // 2 + GROUP // 4)
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    step = 0
+    rounds, segments = count_segments(tiles, whole_tiles, num_groups)
+    for number in range(segments):
+        tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
+        for group in range(first, end):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            ready = full.index(stage)
+            mbarrier.expect(ready, STAGE_BYTES)
+            # past the last row TMA reads the next group's rows or zeros, which are not stored, and
+            # past the last channel or token zeros
+            row = group * weight_rows + tile_n * BLOCK_N
+            tma.async_copy_global_to_shared(weight_desc, [row, 0], ready, weight_ring.index(stage))
+            tma.async_copy_global_to_shared(
+                high_bits_desc, [row, 0], ready, high_bits_ring.index(stage)
+            )
+            tma.async_copy_global_to_shared(
+                codes_desc, [tile_m * BLOCK_M, group * GROUP], ready, codes_ring.index(stage)
+            )
+            step += 1
+
+
+@gluon.jit
+def _operand(
+    weight_ring, high_bits_ring, stage, ROW: gl.constexpr, EXPONENT_BITS: gl.constexpr,
+    MANTISSA_BITS: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Rows ROW to ROW + 64 of a stage's weight in e4m3, (64, group); see `packing`.
+
+    A byte of `high_bits` is for two bytes of `weight`, P apart: for the second of them it is
+    shifted, and then both are read alike. Nothing moves between threads.
+    """
+    packed = weight_ring.index(stage).slice(ROW, 64, dim=0).load(layout)
+    high_bits = high_bits_ring.index(stage).slice(ROW, 64, dim=0).load(layout)
+    # what crosses from byte to byte is not read
+    shifted = gl.inline_asm_elementwise(
+        "shr.u32 $0, $1, 2;", "=r,r", [high_bits], dtype=gl.int8, is_pure=True, pack=4
+    )
+    both = gl.permute(gl.join(high_bits, shifted), (0, 2, 1))
+    both = gl.convert_layout(gl.reshape(both, packed.shape), layout)
+    low, high = gl.inline_asm_elementwise(
+        placing_in_e4m3(EXPONENT_BITS, MANTISSA_BITS, 0), "=&r,=&r,r,r", [packed, both],
+        dtype=(gl.int8, gl.int8), is_pure=True, pack=4,
+    )  # fmt: skip
+    halves = gl.permute(gl.join(low, high), (0, 2, 1))
+    placed = gl.reshape(halves, (packed.shape[0], 2 * packed.shape[1]))
+    return gl.convert_layout(placed, layout).to(gl.float8e4nv, bitcast=True)
+
+
+@gluon.jit
+def _sum_groups(
+    codes_ring, weight_ring, high_bits_ring, full, empty, step, groups, ROW: gl.constexpr,
+    EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The sum over a segment's groups, (64, BLOCK_M) float32."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
+    layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    acc = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
+    nothing = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
+    if groups % 2 == 1:
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        weight = _operand(
+            weight_ring, high_bits_ring, stage, ROW, EXPONENT_BITS, MANTISSA_BITS, layout
+        )
+        codes = codes_ring.index(stage).permute((1, 0))
+        sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+        acc += warpgroup_mma_wait(0, deps=[sums])
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    for _ in range(groups // 2):
+        first = step % STAGES
+        second = (step + 1) % STAGES
+        mbarrier.wait(full.index(first), (step // STAGES) & 1)
+        weight = _operand(
+            weight_ring, high_bits_ring, first, ROW, EXPONENT_BITS, MANTISSA_BITS, layout
+        )
+        codes = codes_ring.index(first).permute((1, 0))
+        first_sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+        mbarrier.wait(full.index(second), ((step + 1) // STAGES) & 1)
+        weight = _operand(
+            weight_ring, high_bits_ring, second, ROW, EXPONENT_BITS, MANTISSA_BITS, layout
+        )
+        codes = codes_ring.index(second).permute((1, 0))
+        second_sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+        acc += warpgroup_mma_wait(1, deps=[first_sums])
+        mbarrier.arrive(empty.index(first), count=1)
+        acc += warpgroup_mma_wait(0, deps=[second_sums])
+        mbarrier.arrive(empty.index(second), count=1)
+        step += 2
+    return acc, step
+
+
+@gluon.jit
+def _multiply(
+    scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
+    codes_ring, weight_ring, high_bits_ring, full, empty, M, N, num_groups, whole_tiles,
+    WARPGROUP: gl.constexpr, EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr,
+    GAP: gl.constexpr, BLOCK_M: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: its 64 rows of every segment's tile."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
+    BLOCK_N: gl.constexpr = weight_ring.shape[1]
+    ROW: gl.constexpr = 64 * WARPGROUP
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    step = 0
+    rounds, segments = count_segments(tiles, whole_tiles, num_groups)
+    for number in range(segments):
+        tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N + ROW
+        acc, step = _sum_groups(
+            codes_ring, weight_ring, high_bits_ring, full, empty, step, end - first, ROW,
+            EXPONENT_BITS, MANTISSA_BITS, BLOCK_M, STAGES,
+        )  # fmt: skip
+        n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+        m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, mma))
+        scale = gl.load(scale_ptr + m, mask=m < M, other=0.0)[None, :]
+        row_scale = gl.load(row_scale_ptr + n, mask=n < N, other=0.0)[:, None]
+        acc = acc * GAP * (row_scale * scale)
+        complete = end - first == num_groups
+        if not complete:
+            acc, complete = gather_parts(
+                acc, partial_ptr, arrivals_ptr, tile - whole_tiles, first, end, num_groups,
+                tiles - whole_tiles, WARPGROUP,
+            )  # fmt: skip
+        if complete:
+            store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
+
+
+@gluon.jit(do_not_specialize=["M", "whole_tiles"])
+def float8_hopper_kernel(
+    codes_desc,
+    weight_desc,
+    high_bits_desc,
+    scale_ptr,
+    row_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    M,
+    N,
+    weight_rows,
+    num_groups,
+    whole_tiles,
+    GROUP: gl.constexpr,
+    EXPONENT_BITS: gl.constexpr,
+    MANTISSA_BITS: gl.constexpr,
+    GAP: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    BAND: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    """GAP: what the products' sums of placed codes are to be multiplied by."""
+    codes_ring = gl.allocate_shared_memory(
+        gl.float8e4nv, [STAGES, BLOCK_M, GROUP], codes_desc.layout
+    )
+    weight_ring = gl.allocate_shared_memory(
+        gl.int8, [STAGES, BLOCK_N, GROUP // 2], weight_desc.layout
+    )
+    high_bits_ring = gl.allocate_shared_memory(
+        gl.int8, [STAGES, BLOCK_N, GROUP // 4], high_bits_desc.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr,
+                arrivals_ptr, codes_ring, weight_ring, high_bits_ring, full, empty, M, N,
+                num_groups, whole_tiles, gl.constexpr(0), EXPONENT_BITS, MANTISSA_BITS, GAP,
+                BLOCK_M, BAND, STAGES, HAS_BIAS, HAS_RESIDUAL,
+            )),
+            (_multiply, (
+                scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr,
+                arrivals_ptr, codes_ring, weight_ring, high_bits_ring, full, empty, M, N,
+                num_groups, whole_tiles, gl.constexpr(1), EXPONENT_BITS, MANTISSA_BITS, GAP,
+                BLOCK_M, BAND, STAGES, HAS_BIAS, HAS_RESIDUAL,
+            )),
+            (_load, (
+                codes_desc, weight_desc, high_bits_desc, codes_ring, weight_ring, high_bits_ring,
+                full, empty, M, N, weight_rows, num_groups, whole_tiles, BLOCK_M, BAND, STAGES,
+            )),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
+
+
+PATH = "hopper e4m3"
+_BLOCK_N = 128
+_STAGES = {16: 8, 32: 8, 64: 8, 128: 6}  # by BLOCK_M, as many as shared memory holds
+
+
+def fits(device: torch.device, N: int, K: int) -> bool:
+    """Whether this kernel can compute a product of these sizes: TMA reads whole 16 bytes."""
+    return is_hopper(device) and N % 16 == 0 and K % 16 == 0
+
+
+def best_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> HopperTiling:
+    """By the times of `linear`'s tiles, which do as much and more; not measured for this kernel."""
+    return linear_hopper.best_tiling(M, N, num_groups, 0, False, multiprocessors)[0]
+
+
+def launch(
+    codes: Tensor,
+    scale: Tensor,
+    packed: RowWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    format: str,
+    tiling: HopperTiling,
+    multiprocessors: int,
+) -> None:
+    """Fills `out` (*, N); everything contiguous, but the weight may be rows of a larger one."""
+    weight, high_bits, row_scale = packed
+    num_groups, N, half_group = weight.shape
+    K = codes.shape[-1]
+    M = codes.numel() // K
+    block_m = tiling.block_m
+    tiles: int = triton.cdiv(M, block_m) * triton.cdiv(N, _BLOCK_N)
+    whole = linear_hopper.whole_tiles(tiles, num_groups, tiling, False, multiprocessors)
+    programs = min(tiles, multiprocessors)
+    partial, arrivals = scale, scale.view(torch.int32)  # of their types, and not touched
+    if whole < tiles:
+        programs = min(multiprocessors, (tiles - whole) * num_groups)
+        partial = out.new_empty(2 * programs, _BLOCK_N, block_m, dtype=torch.float32)
+        arrivals = arrivals_of(out.device).counters(2 * (tiles - whole))
+    weight_rows = rows_per_group(weight)
+    all_rows = (num_groups - 1) * weight_rows + N  # those between two groups' own included
+    planes = (
+        one.as_strided((all_rows, one.shape[2]), (one.shape[2], 1)) for one in (weight, high_bits)
+    )
+    float_format = FORMATS[format]
+    float8_hopper_kernel[(programs,)](
+        descriptor(codes.view(M, K), block_m, 2 * half_group),
+        *(descriptor(plane, _BLOCK_N, plane.shape[1]) for plane in planes),
+        scale,
+        row_scale,
+        out if bias is None else bias,
+        out if residual is None else residual,
+        out,
+        partial,
+        arrivals,
+        M,
+        N,
+        weight_rows,
+        num_groups,
+        whole,
+        GROUP=2 * half_group,
+        EXPONENT_BITS=float_format.exponent_bits,
+        MANTISSA_BITS=float_format.mantissa_bits,
+        GAP=2.0 ** float_format.gap(torch.float8_e4m3fn),
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_M=block_m,
+        BLOCK_N=_BLOCK_N,
+        STAGES=_STAGES[block_m],
+        BAND=linear_hopper.TILES_PER_BAND,
+        REGISTERS=linear_hopper.ROLE_REGISTERS,
+        num_warps=4,
+    )

@@ -1,0 +1,271 @@
+"""`atom::float8_linear`: e4m3 activations, a scale a token; weights of 6 bits, a scale a row.
+
+    out[m, n] = scale[m] * row_scale[n] * sum_k codes[m, k] * weight[n, k]
+              + bias[n]                 rounded to the output's dtype, then + residual[m, n]
+
+Every value of E3M2 and E2M3 is one of e4m3, a power of two apart that goes into the scale
+(formats.py): tensor cores multiply the codes as they are, and all scaling is at the end. Sums are
+of float32; but tensor cores that multiply e4m3 keep some 14 bits of a sum, so they are let to add
+up no more than 128 channels.
+
+For few tokens it is `weight_only_linear`'s kernel, with e4m3 in place of 16 bits where the GPU
+multiplies it, and float16, as exact, where it does not. For more there is one of its own on Hopper
+(float8_hopper.py); elsewhere the weight is put into e4m3 first, a slice of rows at a time, and
+cuBLAS multiplies.
+
+Sources: FP6-LLM (arXiv 2401.14112) for the weights; Micikevicius et al., "FP8 Formats for Deep
+Learning" (arXiv 2209.05433), for e4m3; DeepSeek-V3 (arXiv 2412.19437), section 3.3.2, for the sums.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import float8_hopper, linear, weight_only_linear
+from .devices import multiplies_e4m3, multiprocessors
+from .formats import FORMATS
+from .library import define
+from .linear import Tiling
+from .linear_hopper import HopperTiling
+from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight, narrow_rows
+
+GROUP_SIZE = 128
+"""Channels that lie together in the planes; see packing.py."""
+WEIGHT_FORMATS = tuple(name for name, format in FORMATS.items() if format.bits == 6)
+
+
+def reference(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    high_bits: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    format: str,
+) -> Tensor:
+    """codes (*, K) float8_e4m3fn, scale (*) float32, the weight as `packing.RowWeight`, bias (N,),
+    residual (*, N) -> (*, N) in `dtype`.
+
+    format: the weight's, one of `WEIGHT_FORMATS`.
+    """
+    layout = GroupLayout(codes.shape[-1], GROUP_SIZE, 0, per_token=True)
+    unscaled = RowWeight(weight, high_bits, torch.ones_like(row_scale))
+    sums = F.linear(codes.float(), dequantize_weight(unscaled, layout, format))
+    out = sums * (scale[..., None] * row_scale)
+    if bias is not None:
+        out = out + bias.float()
+    out = out.to(dtype)
+    return out if residual is None else out + residual
+
+
+def fake(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    high_bits: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    format: str,
+) -> Tensor:
+    return codes.new_empty(*codes.shape[:-1], weight.shape[1], dtype=dtype)
+
+
+PATH = "triton e4m3"
+HOPPER = float8_hopper.PATH
+IN_16_BITS = "triton 16-bit"
+SCALED = "e4m3 weight, cuBLAS"
+DEQUANTIZE = "dequantize, cuBLAS"
+# estimates, not yet measured
+_FEW_TOKENS = 64  # for more there is Hopper's own kernel
+_MOST_TOKENS = 256  # for more the weight is unpacked first, where there is none
+_SLICE = 2**24  # bytes of e4m3 that the L2 keeps until they are multiplied
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tiling(
+    M: int, N: int, K: int, num_groups: int, device: torch.device
+) -> Tiling | HopperTiling | None:
+    """How the product is cut, and by that which kernel's; None where unpacking should be faster."""
+    if M > _FEW_TOKENS and float8_hopper.fits(device, N, K):
+        return float8_hopper.best_tiling(M, N, num_groups, multiprocessors(device))
+    if M > _MOST_TOKENS:
+        return None
+    if not multiplies_e4m3(device):
+        return weight_only_linear.choose_tiling(M, N, num_groups, torch.float16, device, "e2m3")
+    tiling = linear.default_tiling(M, N, num_groups, multiprocessors(device))
+    # at 8 tokens Triton would multiply by mma.sync in float16, from 16 on by wgmma
+    return tiling._replace(
+        block_m=max(16, tiling.block_m), num_stages=4 if tiling.block_m <= 32 else 3
+    )
+
+
+def describe(M: int, N: int, layout: GroupLayout, dtype: torch.dtype, device: torch.device) -> str:
+    """The path that a product of these sizes takes."""
+    if device.type != "cuda":
+        return "reference"
+    tiling = choose_tiling(M, N, layout.width, layout.num_groups, device)
+    if isinstance(tiling, HopperTiling):
+        return HOPPER
+    if tiling is None:
+        return SCALED if _can_scale(N, layout.width, dtype, device) else DEQUANTIZE
+    return PATH if multiplies_e4m3(device) else IN_16_BITS
+
+
+def _can_scale(N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """What `torch._scaled_mm` takes with a scale for each row of both operands."""
+    return multiplies_e4m3(device) and dtype == torch.bfloat16 and N % 16 == 0 and K % 16 == 0
+
+
+def launch(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    high_bits: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    format: str,
+) -> Tensor:
+    """The arguments of `reference`, on a GPU."""
+    num_groups, N, _ = weight.shape
+    K, device = codes.shape[-1], codes.device
+    M = codes.numel() // K
+    if M == 0:
+        return codes.new_empty(*codes.shape[:-1], N, dtype=dtype)
+    tiling = choose_tiling(M, N, K, num_groups, device)
+    packed = RowWeight(weight, high_bits, row_scale)
+    arguments = codes, scale, packed, bias, residual, dtype
+    if isinstance(tiling, HopperTiling):
+        return multiply_on_hopper(*arguments, tiling, format=format)
+    if tiling is not None:
+        return multiply_packed(*arguments, tiling, format=format)
+    if _can_scale(N, K, dtype, device):
+        return multiply_scaled(*arguments, format=format)
+    return multiply_dense(*arguments, format=format)
+
+
+def multiply_packed(
+    codes: Tensor,
+    scale: Tensor,
+    packed: RowWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    tiling: Tiling,
+    *,
+    format: str,
+    in_e4m3: bool | None = None,
+) -> Tensor:
+    """`launch` by one kernel. in_e4m3: what tensor cores multiply; by default what they can."""
+    if in_e4m3 is None:
+        in_e4m3 = multiplies_e4m3(codes.device)
+    x = codes if in_e4m3 else codes.view(torch.uint8)
+    operands = x, packed.weight, packed.row_scale, None, packed.high_bits, bias, residual
+    return weight_only_linear.multiply_packed(
+        *operands, tiling, format=format, x_scale=scale, dtype=dtype
+    )
+
+
+def multiply_on_hopper(
+    codes: Tensor,
+    scale: Tensor,
+    packed: RowWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    tiling: HopperTiling,
+    *,
+    format: str,
+) -> Tensor:
+    """`launch` by Hopper's own kernel, for sizes that it `fits`."""
+    out = codes.new_empty(*codes.shape[:-1], packed.row_scale.shape[0], dtype=dtype)
+    if residual is not None:
+        residual = residual.expand(out.shape).contiguous()
+    arguments = codes.contiguous(), scale.contiguous(), packed, bias, residual, out
+    float8_hopper.launch(*arguments, format, tiling, multiprocessors(codes.device))
+    return out
+
+
+def multiply_scaled(
+    codes: Tensor,
+    scale: Tensor,
+    packed: RowWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    format: str,
+    rows: int | None = None,
+) -> Tensor:
+    """`launch` by way of the weight in e4m3, `rows` of it at a time, in bfloat16.
+
+    A slice's product is contiguous, as cuBLAS has it, and then copied to its columns: as it lies in
+    the L2 as well that takes less than to write the whole weight to memory and to read it again.
+    """
+    K, N = codes.shape[-1], packed.row_scale.shape[0]
+    x = codes.reshape(-1, K)
+    x_scale = scale.reshape(-1, 1)
+    row_scale = packed.row_scale * 2.0 ** FORMATS[format].gap(torch.float8_e4m3fn)
+    bias = None if bias is None else bias.to(dtype)
+    rows = rows or max(16, _SLICE // K // 16 * 16)
+    out = x.new_empty(len(x), N, dtype=dtype)
+    for start in range(0, N, rows):
+        count = min(rows, N - start)
+        some = narrow_rows(packed, start, count)
+        product = torch._scaled_mm(
+            x,
+            _in_e4m3(some, K, format).t(),
+            x_scale,
+            row_scale[None, start : start + count],
+            None if bias is None else bias[start : start + count],
+            out_dtype=dtype,
+        )
+        if count == N:
+            out = product
+        else:
+            out[:, start : start + count] = product
+    out = out.view(*codes.shape[:-1], N)
+    return out if residual is None else out + residual
+
+
+def _in_e4m3(packed: RowWeight, K: int, format: str) -> Tensor:
+    """(N, K), 2^-gap of the values that the codes stand for."""
+    grouped = GroupedWeight(packed.weight, packed.row_scale, None, packed.high_bits)
+    return weight_only_linear.dequantize(grouped, K, torch.float8_e4m3fn, format)
+
+
+def multiply_dense(
+    codes: Tensor,
+    scale: Tensor,
+    packed: RowWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    format: str,
+) -> Tensor:
+    """`launch` by way of activations and the whole weight in `dtype`."""
+    x = (codes.float() * scale[..., None]).to(dtype)
+    operands = packed.weight, packed.row_scale, None, packed.high_bits, bias, residual
+    return weight_only_linear.multiply_dense(x, *operands, format=format)
+
+
+float8_linear = define(
+    "float8_linear(Tensor codes, Tensor scale, Tensor weight, Tensor high_bits, Tensor row_scale, "
+    "Tensor? bias, Tensor? residual, ScalarType dtype, *, str format) -> Tensor",
+    reference,
+    fake,
+    launch,
+)
