@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import CompileConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import atom_compile
@@ -150,10 +150,12 @@ def fill(module: nn.Module, device: torch.device) -> None:
 def hold(arguments: argparse.Namespace) -> dict[str, Any]:
     model = random_model(arguments.shape, arguments.scheme)
     made = peak_bytes()
-    compiled = compiles(arguments)
-    if compiled:
-        model.compile(backend="atom")
+    compiled = compiles(arguments) and torch.cuda.is_available()  # generate() does on no CPU
+    if compiled:  # a prompt's operators are launched one by one, each further token is a CUDA graph
+        config = CompileConfig(backend="atom", mode="reduce-overhead", dynamic=False)
+        model.generation_config.compile_config = config
     first, _ = seconds_to_generate(model, 1)
+    seconds_to_generate(model, 3)
     short, _ = seconds_to_generate(model, 1)
     long, _ = seconds_to_generate(model, 1 + arguments.tokens)
     plain = sum(one.numel() * 2 for one in _unpacked(arguments.shape).parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ class Arrivals:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._of_stream: dict[int, Tensor] = {}
-        self._for_graphs: Tensor | None = None
-        self._unused: list[Tensor] = []
+        self._unused: list[Tensor] | None = None
+        self._nothing = self._zeros(0)
 
     def counters(self, tiles: int) -> Tensor:
+        if tiles == 0:
+            return self._nothing
         if self._device.type != "cuda" or tiles > self.MOST_TILES:
             return self._zeros(tiles)
         if torch.cuda.is_current_stream_capturing():
@@ -31,11 +34,24 @@ class Arrivals:
             return self._unused.pop() if self._unused else self._zeros(tiles)
         stream = torch.cuda.current_stream(self._device).cuda_stream
         if stream not in self._of_stream:
-            self._of_stream[stream] = self._zeros(self.MOST_TILES)
-            if self._for_graphs is None:  # not during a capture: that memory would be the graph's
-                self._for_graphs = self._zeros(4096, self.MOST_TILES)
-                self._unused = list(self._for_graphs)
+            if self._unused is None:
+                self._unused = self._rows_outside_of_pools()
+            if not self._unused:
+                return self._zeros(tiles)
+            self._of_stream[stream] = self._unused.pop()
         return self._of_stream[stream]
+
+    def _rows_outside_of_pools(self) -> list[Tensor]:
+        """Inductor's CUDA graphs, while they warm up, give what a thread allocates to a pool of
+        their own, where nothing may stay: so another thread allocates."""
+
+        def allocate() -> list[Tensor]:
+            rows = self._zeros(4096, self.MOST_TILES)
+            torch.cuda.synchronize(self._device)
+            return list(rows)
+
+        with ThreadPoolExecutor(max_workers=1) as elsewhere:
+            return elsewhere.submit(allocate).result()
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self._device)

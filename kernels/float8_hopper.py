@@ -9,7 +9,6 @@ way at a time. All scaling is at a tile's end.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,15 +20,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import linear_hopper
-from .arrivals import arrivals_of
 from .devices import is_hopper
 from .formats import FORMATS
 from .linear_hopper import (
+    ROLE_REGISTERS,
+    STEP_US,
     HopperTiling,
     count_segments,
     descriptor,
     gather_parts,
     segment,
+    share_out,
     store_rows,
     tile_at,
 )
@@ -40,7 +41,7 @@ from .weight_only_linear import placing_in_e4m3
 @gluon.jit
 def _load(
     codes_desc, weight_desc, high_bits_desc, codes_ring, weight_ring, high_bits_ring, full, empty,
-    M, N, weight_rows, num_groups, whole_tiles, BLOCK_M: gl.constexpr, BAND: gl.constexpr,
+    M, N, weight_rows, num_groups, whole_tiles, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: fills the ring with each segment's groups."""
@@ -52,7 +53,7 @@ def _load(
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
-        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
         for group in range(first, end):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -148,7 +149,7 @@ def _multiply(
     scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
     codes_ring, weight_ring, high_bits_ring, full, empty, M, N, num_groups, whole_tiles,
     WARPGROUP: gl.constexpr, EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr,
-    GAP: gl.constexpr, BLOCK_M: gl.constexpr, BAND: gl.constexpr, STAGES: gl.constexpr,
+    GAP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its 64 rows of every segment's tile."""
@@ -160,7 +161,7 @@ def _multiply(
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
-        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N + ROW
         acc, step = _sum_groups(
@@ -208,7 +209,7 @@ def float8_hopper_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    BAND: gl.constexpr,
+   
     REGISTERS: gl.constexpr,
 ):
     """GAP: what the products' sums of placed codes are to be multiplied by."""
@@ -232,17 +233,17 @@ def float8_hopper_kernel(
                 scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr,
                 arrivals_ptr, codes_ring, weight_ring, high_bits_ring, full, empty, M, N,
                 num_groups, whole_tiles, gl.constexpr(0), EXPONENT_BITS, MANTISSA_BITS, GAP,
-                BLOCK_M, BAND, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                BLOCK_M, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_multiply, (
                 scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr,
                 arrivals_ptr, codes_ring, weight_ring, high_bits_ring, full, empty, M, N,
                 num_groups, whole_tiles, gl.constexpr(1), EXPONENT_BITS, MANTISSA_BITS, GAP,
-                BLOCK_M, BAND, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                BLOCK_M, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_load, (
                 codes_desc, weight_desc, high_bits_desc, codes_ring, weight_ring, high_bits_ring,
-                full, empty, M, N, weight_rows, num_groups, whole_tiles, BLOCK_M, BAND, STAGES,
+                full, empty, M, N, weight_rows, num_groups, whole_tiles, BLOCK_M, STAGES,
             )),
         ],
         [4, 1],
@@ -262,7 +263,7 @@ def fits(device: torch.device, N: int, K: int) -> bool:
 
 def best_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> HopperTiling:
     """By the times of `linear`'s tiles, which do as much and more; not measured for this kernel."""
-    return linear_hopper.best_tiling(M, N, num_groups, 0, False, multiprocessors)[0]
+    return linear_hopper.best_tiling(M, N, num_groups, STEP_US[False], multiprocessors)[0]
 
 
 def launch(
@@ -282,21 +283,14 @@ def launch(
     K = codes.shape[-1]
     M = codes.numel() // K
     block_m = tiling.block_m
-    tiles: int = triton.cdiv(M, block_m) * triton.cdiv(N, _BLOCK_N)
-    whole = linear_hopper.whole_tiles(tiles, num_groups, tiling, False, multiprocessors)
-    programs = min(tiles, multiprocessors)
-    partial, arrivals = scale, scale.view(torch.int32)  # of their types, and not touched
-    if whole < tiles:
-        programs = min(multiprocessors, (tiles - whole) * num_groups)
-        partial = out.new_empty(2 * programs, _BLOCK_N, block_m, dtype=torch.float32)
-        arrivals = arrivals_of(out.device).counters(2 * (tiles - whole))
+    sharing = share_out(out, num_groups, tiling, STEP_US[False][tiling], multiprocessors)
     weight_rows = rows_per_group(weight)
     all_rows = (num_groups - 1) * weight_rows + N  # those between two groups' own included
     planes = (
         one.as_strided((all_rows, one.shape[2]), (one.shape[2], 1)) for one in (weight, high_bits)
     )
     float_format = FORMATS[format]
-    float8_hopper_kernel[(programs,)](
+    float8_hopper_kernel[(sharing.programs,)](
         descriptor(codes.view(M, K), block_m, 2 * half_group),
         *(descriptor(plane, _BLOCK_N, plane.shape[1]) for plane in planes),
         scale,
@@ -304,13 +298,13 @@ def launch(
         out if bias is None else bias,
         out if residual is None else residual,
         out,
-        partial,
-        arrivals,
+        sharing.partial,
+        sharing.arrivals,
         M,
         N,
         weight_rows,
         num_groups,
-        whole,
+        sharing.whole_tiles,
         GROUP=2 * half_group,
         EXPONENT_BITS=float_format.exponent_bits,
         MANTISSA_BITS=float_format.mantissa_bits,
@@ -320,7 +314,6 @@ def launch(
         BLOCK_M=block_m,
         BLOCK_N=_BLOCK_N,
         STAGES=_STAGES[block_m],
-        BAND=linear_hopper.TILES_PER_BAND,
-        REGISTERS=linear_hopper.ROLE_REGISTERS,
+        REGISTERS=ROLE_REGISTERS,
         num_warps=4,
     )

@@ -346,8 +346,9 @@ def fastest_tiling(
     """For sizes that nobody tuned: by a model of what each kernel takes."""
     processors = multiprocessors(device)
     if M > _FEW_TOKENS and linear_hopper.fits(device, N, group_size, outliers):
-        sizes = M, N, num_groups, outliers, two_level, processors
-        tiling, microseconds = linear_hopper.best_tiling(*sizes)
+        steps = linear_hopper.steps_of_tile(num_groups, outliers)
+        step_us = linear_hopper.STEP_US[two_level]
+        tiling, microseconds = linear_hopper.best_tiling(M, N, steps, step_us, processors)
         # measured of linear_kernel: 7 us, and 280 T multiplications a second
         if microseconds < 7 + M * N * num_groups * group_size / 280e6:
             return tiling

@@ -15,6 +15,7 @@ would be a last, half-empty round of tiles is shared out evenly along K instead 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -37,12 +38,12 @@ from .packing import rows_per_group
 
 _OUTLIER_STEP = 64  # outliers that fill a stage: as many bytes as a group's packed row
 ROLE_REGISTERS = 240  # of a thread that multiplies; one that loads needs no more than 24
-TILES_PER_BAND = 8
+BAND = gl.constexpr(8)  # blocks of tokens
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, and before
 
 
 @gluon.jit
-def tile_at(index, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BAND: gl.constexpr):
+def tile_at(index, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Tiles go down bands of a few blocks of tokens: weights and activations stay in the L2."""
     tiles_n = gl.cdiv(N, BLOCK_N)
     band = index // (BAND * tiles_n)
@@ -115,7 +116,6 @@ def _load(
     TWO_LEVEL: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
-    BAND: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """One warp: fills the ring with each segment's groups, and with outliers at a tile's end."""
@@ -129,7 +129,7 @@ def _load(
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
-        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
         m = gl.minimum(m0 + gl.arange(0, BLOCK_M, layout=tokens_layout), M - 1)
@@ -403,7 +403,7 @@ def _multiply(
     scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
     partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty,
     M, N, num_groups, whole_tiles, WARPGROUP: gl.constexpr, OUTLIER_STEPS: gl.constexpr,
-    TWO_LEVEL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr, BAND: gl.constexpr,
+    TWO_LEVEL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
     STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its rows of every segment's tile."""
@@ -415,7 +415,7 @@ def _multiply(
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
-        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N, BAND)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N + ROW
         if TWO_LEVEL:
@@ -495,7 +495,6 @@ def linear_hopper_kernel(
     BLOCK_M: gl.constexpr,
     BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
-    BAND: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     BLOCK_N: gl.constexpr = 128 * BLOCKS
@@ -519,19 +518,19 @@ def linear_hopper_kernel(
                 scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
                 partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring,
                 full, empty, M, N, num_groups, whole_tiles, gl.constexpr(0), OUTLIER_STEPS,
-                TWO_LEVEL, BLOCK_M, BLOCKS, BAND, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                TWO_LEVEL, BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_multiply, (
                 scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
                 partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring,
                 full, empty, M, N, num_groups, whole_tiles, gl.constexpr(1), OUTLIER_STEPS,
-                TWO_LEVEL, BLOCK_M, BLOCKS, BAND, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                TWO_LEVEL, BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_load, (
                 codes_desc, weight_desc, outlier_desc, scale_ptr, group_scale_ptr, codes_ring,
                 weight_ring, scale_ring, group_scale_ring, full, empty, M, N, weight_rows,
                 num_groups, whole_tiles, outliers_at, OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCK_N,
-                BAND, STAGES,
+                STAGES,
             )),
         ],
         [4, 1],
@@ -551,12 +550,18 @@ class HopperTiling(NamedTuple):
 
 # as many as shared memory holds
 _STAGES = {(16, 1): 8, (32, 1): 8, (64, 1): 8, (64, 2): 6, (128, 1): 6, (128, 2): 5}
+
+
+def per_tiling(values: dict[tuple[int, int], float]) -> dict[HopperTiling, float]:
+    return {HopperTiling(*sizes): value for sizes, value in values.items()}
+
+
 # microseconds that a tile's step of one group takes, measured on an H100
-_STEP_US = {
-    False: {(16, 1): 0.25, (32, 1): 0.29, (64, 1): 0.41, (128, 1): 0.65},
-    True: {
+STEP_US = {
+    False: per_tiling({(16, 1): 0.25, (32, 1): 0.29, (64, 1): 0.41, (128, 1): 0.65}),
+    True: per_tiling({
         (16, 1): 0.29, (32, 1): 0.31, (64, 1): 0.35, (64, 2): 0.57, (128, 1): 0.49, (128, 2): 0.83,
-    },
+    }),
 }  # fmt: skip
 _TILE_US = 3.0  # first loads and last stores
 
@@ -573,25 +578,31 @@ def is_aligned(weight: Tensor, group_scale: Tensor) -> bool:
 
 
 def tilings(two_level: bool) -> list[HopperTiling]:
-    return [HopperTiling(*tiling) for tiling in _STEP_US[two_level]]
+    return list(STEP_US[two_level])
+
+
+def steps_of_tile(num_groups: int, outliers: int) -> int:
+    return num_groups + int(triton.cdiv(outliers, _OUTLIER_STEP))
 
 
 def best_tiling(
-    M: int, N: int, num_groups: int, outliers: int, two_level: bool, multiprocessors: int
+    M: int, N: int, steps: int, step_us: Mapping[HopperTiling, float], multiprocessors: int
 ) -> tuple[HopperTiling, float]:
-    """The fastest one by a simple model, and the microseconds that it should take."""
+    """The fastest one by a simple model, and the microseconds that it should take.
+
+    steps: of a tile, each taking `step_us`, whose keys are the tilings.
+    """
 
     def cost(tiling: HopperTiling) -> float:
         tiles = _tiles(M, N, tiling)
-        steps: int = num_groups + triton.cdiv(outliers, _OUTLIER_STEP)
-        tile_us = steps * _STEP_US[two_level][tiling] + _TILE_US
-        whole = whole_tiles(tiles, num_groups, tiling, two_level, multiprocessors)
+        tile_us = steps * step_us[tiling] + _TILE_US
+        whole = whole_tiles(tiles, steps, tiling, step_us[tiling], multiprocessors)
         if whole == tiles:
             rounds: int = triton.cdiv(tiles, multiprocessors)
             return rounds * tile_us
         return tiles / multiprocessors * tile_us + _share_us(tiles - whole, tiling, multiprocessors)
 
-    best = min(tilings(two_level), key=cost)
+    best = min(step_us, key=cost)
     return best, cost(best)
 
 
@@ -601,7 +612,7 @@ def _tiles(M: int, N: int, tiling: HopperTiling) -> int:
 
 
 def whole_tiles(
-    tiles: int, num_groups: int, tiling: HopperTiling, two_level: bool, multiprocessors: int
+    tiles: int, num_groups: int, tiling: HopperTiling, step_us: float, multiprocessors: int
 ) -> int:
     """How many tiles are computed by one program each; the programs share out the others.
 
@@ -610,7 +621,7 @@ def whole_tiles(
     """
     rounds, rest = divmod(tiles, multiprocessors)
     whole = max(rounds - 1, 0) * multiprocessors
-    idle = (1 - rest / multiprocessors) * num_groups * _STEP_US[two_level][tiling]
+    idle = (1 - rest / multiprocessors) * num_groups * step_us
     if rest == 0 or tiling.blocks > 1 or idle < _share_us(tiles - whole, tiling, multiprocessors):
         return tiles
     return whole
@@ -620,6 +631,32 @@ def _share_us(shared_tiles: int, tiling: HopperTiling, multiprocessors: int) -> 
     """What partial sums of tiles take, measured on an H100."""
     parts = multiprocessors / shared_tiles + 1
     return parts * (2 + 0.04 * tiling.block_m)
+
+
+class Sharing(NamedTuple):
+    """How many programs are launched, how many tiles are one program's alone, and for the others
+    the partial sums and the tiles' arrivals."""
+
+    programs: int
+    whole_tiles: int
+    partial: Tensor
+    arrivals: Tensor
+
+
+def share_out(
+    out: Tensor, num_groups: int, tiling: HopperTiling, step_us: float, multiprocessors: int
+) -> Sharing:
+    """For a product `out` (*, N)."""
+    N = out.shape[-1]
+    tiles = _tiles(out.numel() // N, N, tiling)
+    whole = whole_tiles(tiles, num_groups, tiling, step_us, multiprocessors)
+    arrivals = arrivals_of(out.device).counters(2 * (tiles - whole))
+    if whole == tiles:
+        programs = min(tiles, multiprocessors)
+        return Sharing(programs, whole, arrivals.view(torch.float32), arrivals)
+    programs = min(multiprocessors, (tiles - whole) * num_groups)
+    partial = out.new_empty(2 * programs, 128, tiling.block_m, dtype=torch.float32)
+    return Sharing(programs, whole, partial, arrivals)
 
 
 def launch(
@@ -642,19 +679,13 @@ def launch(
     width, outliers = codes.shape[-1], outlier_weight.shape[1]
     M = codes.numel() // width
     block_m, blocks = tiling
-    tiles = _tiles(M, N, tiling)
-    whole = whole_tiles(tiles, num_groups, tiling, row_scale is not None, multiprocessors)
-    programs = min(tiles, multiprocessors)
-    partial, arrivals = scale, scale.view(torch.int32)  # of their types, and not touched
-    if whole < tiles:
-        programs = min(multiprocessors, (tiles - whole) * num_groups)
-        partial = out.new_empty(2 * programs, 128, block_m, dtype=torch.float32)
-        arrivals = arrivals_of(out.device).counters(2 * (tiles - whole))
+    step_us = STEP_US[row_scale is not None][tiling]
+    sharing = share_out(out, num_groups, tiling, step_us, multiprocessors)
     weight_rows = rows_per_group(weight)
     all_rows = (num_groups - 1) * weight_rows + N  # those between two groups' own included
     stored = weight.as_strided((all_rows, half_group), (half_group, 1))
     weight_desc = descriptor(stored, 128 * blocks, half_group)
-    linear_hopper_kernel[(programs,)](
+    linear_hopper_kernel[(sharing.programs,)](
         descriptor(codes.view(M, width), block_m, 2 * half_group),
         weight_desc,
         descriptor(outlier_weight, 128 * blocks, _OUTLIER_STEP) if outliers else weight_desc,
@@ -665,13 +696,13 @@ def launch(
         out if bias is None else bias,
         out if residual is None else residual,
         out,
-        partial,
-        arrivals,
+        sharing.partial,
+        sharing.arrivals,
         M,
         N,
         weight_rows,
         num_groups,
-        whole,
+        sharing.whole_tiles,
         width - outliers,
         GROUP=2 * half_group,
         OUTLIER_STEPS=triton.cdiv(outliers, _OUTLIER_STEP),
@@ -681,7 +712,6 @@ def launch(
         BLOCK_M=block_m,
         BLOCKS=blocks,
         STAGES=_STAGES[tiling],
-        BAND=TILES_PER_BAND,
         REGISTERS=ROLE_REGISTERS,
         num_warps=4,
     )

@@ -109,12 +109,12 @@ def _unpacking(dtype, pack):
 
 
 @triton.constexpr_function
-def _placing(dtype, pack, exponent_bits, mantissa_bits, part):
+def _placing(dtype, pack, exponent_bits, mantissa_bits, part, scaled=True):
     """PTX that makes 16-bit floats of floating-point codes, two bytes of `weight` at a time.
 
     Each half of a register gets a byte of `weight` below its byte of `high_bits`, from where each
     field of a code is shifted to its place. Float16 is left there, the value times 2^-gap; bfloat16
-    is multiplied by 2^gap, as sums of such small products would underflow.
+    is multiplied by 2^gap, as sums of such small products would underflow, unless not `scaled`.
 
     Results are the lower codes of `pack` bytes, then the upper ones; operands the bytes of `weight`
     and then those of `high_bits`, each a whole register or half a one.
@@ -132,6 +132,41 @@ def _placing(dtype, pack, exponent_bits, mantissa_bits, part):
     if is_bfloat16:
         unit = 127 + 127 - ((1 << (exponent_bits - 1)) - 1) << 7  # 2^gap
         lines += [f"mov.b32 unit, {unit << 16 | unit:#x};", "mov.b32 zero, 0x80008000;"]  # -0
+    if is_bfloat16 and (exponent_bits, mantissa_bits) == (2, 3):
+        lines.append(_looking_up(words, part))
+    else:
+        lines.append(_shifting(words, extra, width, magnitude_at, part))
+    if is_bfloat16 and scaled:
+        for result in range(2 * words):
+            lines.append(f"fma.rn.bf16x2 ${result}, ${result}, unit, zero;")
+    return "{" + " ".join(lines) + "}"
+
+
+@triton.constexpr_function
+def _looking_up(words, part):
+    """E2M3 in bfloat16: a byte of the last four bits, below one of sign and first exponent bit.
+
+    The latter is one of four, which `prmt` picks for four codes at once.
+    """
+    lines = [".reg .b32 lower, upper, signs, picked;"]
+    lines.append(f"shr.u32 signs, more, {2 * part};")
+    lines.append("and.b32 signs, signs, 0x33333333;")
+    lines += ["shl.b32 lower, bytes, 4;", "and.b32 lower, lower, 0xF0F0F0F0;"]
+    lines.append("and.b32 upper, bytes, 0xF0F0F0F0;")
+    for word in range(words):
+        beside_lower, beside_upper = ("0x6342", "0x7352") if word else ("0x6140", "0x7150")
+        if word:
+            lines.append("shr.u32 signs, signs, 16;")
+        lines.append("prmt.b32 picked, 0x81800100, 0, signs;")
+        lines.append(f"prmt.b32 ${word}, lower, picked, {beside_lower};")
+        lines.append(f"prmt.b32 ${words + word}, upper, picked, {beside_upper};")
+    return " ".join(lines)
+
+
+@triton.constexpr_function
+def _shifting(words, extra, width, magnitude_at, part):
+    """Any format: field by field."""
+    lines = []
     for word, beside in enumerate(("0x5140", "0x7362")[:words]):
         high = "0" if extra == 0 else "more"
         lines.append(f"prmt.b32 pair, bytes, {high}, {beside};")
@@ -150,9 +185,7 @@ def _placing(dtype, pack, exponent_bits, mantissa_bits, part):
                 mask = ((1 << bits) - 1) << to
                 mask = f"{mask << 16 | mask:#x}"
                 lines.append(f"lop3.b32 {result}, field, {mask}, {result}, 0xEA;")  # (a & b) | c
-            if is_bfloat16:
-                lines.append(f"fma.rn.bf16x2 {result}, {result}, unit, zero;")
-    return "{" + " ".join(lines) + "}"
+    return " ".join(lines)
 
 
 @triton.constexpr_function

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from atom_compile.kernels import linear, linear_hopper, quantize, two_level_linear
-from atom_compile.kernels.linear_hopper import HopperTiling, best_tiling, tilings, whole_tiles
+from atom_compile.kernels.linear_hopper import (
+    STEP_US,
+    HopperTiling,
+    best_tiling,
+    tilings,
+    whole_tiles,
+)
 from atom_compile.kernels.packing import GroupLayout, narrow_rows, pack_two_level, pack_weight
 
 from .cases import poisoned_memory
@@ -80,7 +86,7 @@ def test_shared_tiles_give_the_same_bits_every_time(block_m: int) -> None:
     layout, tiling = GroupLayout(28672, 128, 128), HopperTiling(block_m, 1)
     for M, N in [(block_m, 4096), (2 * block_m, 9008)]:  # less than a round of tiles, and more
         tiles = -(-M // block_m) * -(-N // 128)
-        assert whole_tiles(tiles, layout.num_groups, tiling, False, 132) == 0
+        assert whole_tiles(tiles, layout.num_groups, tiling, STEP_US[False][tiling], 132) == 0
         codes, scale = quantize.reference(torch.randn(M, 28672).cuda(), 4, 128, 128, 0.9)
         packed = pack_weight(torch.randn(N, 28672).cuda(), layout, 4, 0.85)
         arguments: list[Any] = [codes, scale, *packed, None, None, torch.float32]
@@ -93,9 +99,9 @@ def test_shared_tiles_give_the_same_bits_every_time(block_m: int) -> None:
 
 @pytest.mark.parametrize("tiles", [1, 131, 132, 133, 200, 263, 264, 265, 1000])
 def test_what_is_shared_is_no_more_than_two_rounds(tiles: int) -> None:
-    whole = whole_tiles(tiles, 223, HopperTiling(64, 1), False, 132)
+    whole = whole_tiles(tiles, 223, HopperTiling(64, 1), 0.41, 132)
     assert whole == tiles or (whole % 132 == 0 and 0 < tiles - whole < 264)
-    assert whole_tiles(tiles, 223, HopperTiling(64, 2), True, 132) == tiles
+    assert whole_tiles(tiles, 223, HopperTiling(64, 2), 0.57, 132) == tiles
 
 
 @pytest.mark.gpu
@@ -115,8 +121,8 @@ def test_some_rows_of_a_larger_weight(start: int) -> None:
 
 @pytest.mark.parametrize("two_level", [False, True])
 def test_the_best_tiling_fills_the_device(two_level: bool) -> None:
-    few, _ = best_tiling(40, 8192, 63, 128, two_level, 132)
-    many, _ = best_tiling(4096, 8192, 63, 128, two_level, 132)
+    few, _ = best_tiling(40, 8192, 65, STEP_US[two_level], 132)
+    many, _ = best_tiling(4096, 8192, 65, STEP_US[two_level], 132)
     assert few.block_m <= 64
     assert many.block_m == 128
     assert {few, many} <= set(tilings(two_level))

@@ -1,0 +1,478 @@
+"""The product of `weight_only_linear` on Hopper: TMA, wgmma, warp roles.
+
+As linear_hopper.py, whose tiles, roles and sharing-out of tiles these are, with 16-bit activations
+beside the packed weight in a ring's stage: two warpgroups turn their rows of the weight into the
+16-bit registers that wgmma reads while one warp loads ahead.
+
+Codes are exact in 16 bits, and a group's sum is scaled (SCALED_WEIGHT false), which takes registers
+of its own. A tile of two blocks has none left: there each weight is scaled before the product and
+rounded to 16 bits, as dequantizing does, and all groups are added up by the tensor cores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .linear_hopper import (
+    ROLE_REGISTERS,
+    HopperTiling,
+    count_segments,
+    gather_parts,
+    per_tiling,
+    segment,
+    share_out,
+    store_rows,
+    tile_at,
+)
+from .packing import rows_per_group
+from .weight_values import (
+    num_parts,
+    placing,
+    power_of_gap,
+    registers,
+    registers_of_planes,
+    twice,
+    unpacking,
+)
+
+
+# a scale times all of 2^gap might be too large for bfloat16
+_PART_OF_GAP = gl.constexpr(2.0**100)
+
+
+@gluon.jit
+def _load(
+    x_desc,
+    weight_desc,
+    high_bits_desc,
+    weight_scale_ptr,
+    zero_point_ptr,
+    x_ring,
+    weight_ring,
+    high_bits_ring,
+    scale_ring,
+    zero_point_ring,
+    full,
+    empty,
+    M,
+    N,
+    weight_rows,
+    num_groups,
+    whole_tiles,
+    HAS_HIGH_BITS: gl.constexpr,
+    HAS_ZERO_POINT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One warp: fills the ring with each segment's groups."""
+    GROUP: gl.constexpr = x_ring.shape[2]
+    BYTES: gl.constexpr = (
+        2 * BLOCK_M * GROUP
+        + BLOCK_N * weight_ring.shape[2]
+        + (BLOCK_N * high_bits_ring.shape[2] if HAS_HIGH_BITS else 0)
+    )
+    # cp.async moves at least 4 bytes
+    SCALES: gl.constexpr = 32 // weight_scale_ptr.dtype.element_ty.primitive_bitwidth
+    scales_layout: gl.constexpr = gl.BlockedLayout([SCALES], [32], [1], [0])
+    zero_points_layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    step = 0
+    rounds, segments = count_segments(tiles, whole_tiles, num_groups)
+    for number in range(segments):
+        tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N
+        n = n0 + gl.arange(0, BLOCK_N, layout=scales_layout)
+        n_zero = n0 + gl.arange(0, BLOCK_N, layout=zero_points_layout)
+        for group in range(first, end):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            ready = full.index(stage)
+            row = group * weight_rows + n0
+            mbarrier.expect(ready, BYTES)
+            # past the last row TMA reads the next group's rows or zeros: neither is stored; past
+            # the last channel zeros
+            tma.async_copy_global_to_shared(weight_desc, [row, 0], ready, weight_ring.index(stage))
+            if HAS_HIGH_BITS:
+                tma.async_copy_global_to_shared(
+                    high_bits_desc, [row, 0], ready, high_bits_ring.index(stage)
+                )
+            tma.async_copy_global_to_shared(x_desc, [m0, group * GROUP], ready, x_ring.index(stage))
+            scales = gl.cast(group, gl.int64) * weight_rows
+            async_copy.async_copy_global_to_shared(
+                scale_ring.index(stage), weight_scale_ptr + scales + n, mask=n < N
+            )
+            if HAS_ZERO_POINT:
+                async_copy.async_copy_global_to_shared(
+                    zero_point_ring.index(stage), zero_point_ptr + scales + n_zero, mask=n_zero < N
+                )
+            async_copy.mbarrier_arrive(ready, increment_count=False)
+            step += 1
+
+
+@gluon.jit
+def _beside(first, second):
+    """Two tiles (64, J) -> (64, 2 J), one after the other; nothing moves between threads."""
+    joined = gl.permute(gl.join(first, second), (0, 2, 1))
+    return gl.reshape(joined, (first.shape[0], 2 * first.shape[1]))
+
+
+@gluon.jit
+def _halves(tile):
+    """(64, 2 J) -> two tiles (64, J); the reverse of _beside."""
+    apart = gl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return gl.split(gl.permute(apart, (0, 2, 1)))
+
+
+@gluon.jit
+def _values(packed, high_bits, DTYPE: gl.constexpr, EXPONENT_BITS: gl.constexpr,
+            MANTISSA_BITS: gl.constexpr, PART: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
+    """As weight_only_linear.to_values, of a floating-point format: lower codes, upper codes."""
+    return gl.inline_asm_elementwise(
+        placing(DTYPE, 2, EXPONENT_BITS, MANTISSA_BITS, PART, SCALED), registers_of_planes(2),
+        [packed, high_bits], dtype=twice(DTYPE), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _operand(
+    weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW: gl.constexpr,
+    layout: gl.constexpr, DTYPE: gl.constexpr, EXPONENT_BITS: gl.constexpr,
+    MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr, SCALED_WEIGHT: gl.constexpr,
+):  # fmt: skip
+    """Rows ROW to ROW + 64 of a stage's weight, (64, group) as the tensor cores take them."""
+    PARTS: gl.constexpr = num_parts(EXPONENT_BITS, MANTISSA_BITS)
+    packed = weight_ring.index(stage).slice(ROW, 64, dim=0).load(layout)
+    if EXPONENT_BITS == 0:
+        CODE_ZERO: gl.constexpr = 136 if DTYPE.is_bf16() else 1032
+        summand = gl.full([64], -CODE_ZERO, gl.int32, layout=gl.SliceLayout(1, layout))
+        if HAS_ZERO_POINT:
+            zero_point = zero_point_ring.index(stage).slice(ROW, 64, dim=0)
+            summand -= zero_point.load(gl.SliceLayout(1, layout)).to(gl.int32)
+        summand = summand.to(gl.float32).to(DTYPE)[:, None]
+        low, high = gl.inline_asm_elementwise(
+            unpacking(DTYPE, 2), registers(2), [packed, summand],
+            dtype=twice(DTYPE), is_pure=True, pack=2,
+        )  # fmt: skip
+    elif PARTS == 1:
+        low, high = _values(packed, packed, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 0, not SCALED_WEIGHT)
+    else:
+        more = high_bits_ring.index(stage).slice(ROW, 64, dim=0).load(layout)
+        first, second = _halves(packed)
+        if PARTS == 2:
+            first = gl.convert_layout(first, layout)
+            second = gl.convert_layout(second, layout)
+            low0, high0 = _values(first, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 0, not SCALED_WEIGHT)
+            low1, high1 = _values(second, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 1, not SCALED_WEIGHT)
+        else:
+            packed0, packed1 = _halves(first)
+            packed2, packed3 = _halves(second)
+            packed0 = gl.convert_layout(packed0, layout)
+            packed1 = gl.convert_layout(packed1, layout)
+            packed2 = gl.convert_layout(packed2, layout)
+            packed3 = gl.convert_layout(packed3, layout)
+            low00, high00 = _values(packed0, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 0, not SCALED_WEIGHT)
+            low01, high01 = _values(packed1, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 1, not SCALED_WEIGHT)
+            low10, high10 = _values(packed2, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 2, not SCALED_WEIGHT)
+            low11, high11 = _values(packed3, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 3, not SCALED_WEIGHT)
+            low0 = _beside(low00, low01)
+            high0 = _beside(high00, high01)
+            low1 = _beside(low10, low11)
+            high1 = _beside(high10, high11)
+        low = _beside(low0, low1)
+        high = _beside(high0, high1)
+    weight = gl.convert_layout(_beside(low, high), layout)
+    if SCALED_WEIGHT:
+        scale = scale_ring.index(stage).slice(ROW, 64, dim=0)
+        scale = scale.load(gl.SliceLayout(1, layout)).to(gl.float32)
+        if EXPONENT_BITS > 0:  # what is placed is 2^-gap of its value, and stays so but for this
+            scale *= _PART_OF_GAP
+        scale = scale.to(DTYPE)[:, None]
+        weight = gl.inline_asm_elementwise(
+            "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [weight, scale],
+            dtype=weight.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    return weight
+
+
+@gluon.jit
+def _rescaled(acc, sums, scale_ring, stage, ROW: gl.constexpr):
+    scale = scale_ring.index(stage).slice(ROW, 64, dim=0)
+    scale = scale.load(gl.SliceLayout(1, acc.type.layout)).to(gl.float32)
+    return acc + sums * scale[:, None]
+
+
+@gluon.jit
+def _sum_groups(
+    x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step, groups,
+    WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, EXPONENT_BITS: gl.constexpr,
+    MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Each group's sum on its own, then scaled: (64, BLOCK_M) float32."""
+    DTYPE: gl.constexpr = x_ring.dtype
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    ROW: gl.constexpr = 64 * WARPGROUP
+    acc = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
+    nothing = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
+    for _ in range(groups):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        weight = _operand(
+            weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW, layout, DTYPE,
+            EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, False,
+        )  # fmt: skip
+        x = x_ring.index(stage).permute((1, 0))
+        sums = warpgroup_mma(weight, x, nothing, use_acc=False, is_async=True)
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        acc = _rescaled(acc, sums, scale_ring, stage, ROW)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return acc, step
+
+
+@gluon.jit
+def _sum_scaled(
+    x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step, groups,
+    WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, EXPONENT_BITS: gl.constexpr,
+    MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The sums over a segment's groups of two blocks of rows, (64, BLOCK_M) float32 each."""
+    DTYPE: gl.constexpr = x_ring.dtype
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    ROW: gl.constexpr = 128 * WARPGROUP
+    upper = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
+    lower = upper
+    for _ in range(groups):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        x = x_ring.index(stage).permute((1, 0))
+        weight = _operand(
+            weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW, layout, DTYPE,
+            EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, True,
+        )  # fmt: skip
+        upper_sums = warpgroup_mma(weight, x, upper, is_async=True)
+        weight = _operand(
+            weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW + 64, layout,
+            DTYPE, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, True,
+        )  # fmt: skip
+        lower_sums = warpgroup_mma(weight, x, lower, is_async=True)
+        upper, lower = warpgroup_mma_wait(0, deps=[upper_sums, lower_sums])
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return upper, lower, step
+
+
+@gluon.jit
+def _multiply(
+    bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, x_ring, weight_ring,
+    high_bits_ring, scale_ring, zero_point_ring, full, empty, M, N, num_groups, whole_tiles,
+    WARPGROUP: gl.constexpr, EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr,
+    HAS_ZERO_POINT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: its rows of every segment's tile."""
+    BLOCK_N: gl.constexpr = 128 * BLOCKS
+    # float16 of a floating-point format is 2^-gap of its value
+    UNPLACED: gl.constexpr = power_of_gap(EXPONENT_BITS, 15) if x_ring.dtype.is_fp16() else 1.0
+    REST_OF_GAP: gl.constexpr = power_of_gap(EXPONENT_BITS, 127) / _PART_OF_GAP
+    tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    step = 0
+    rounds, segments = count_segments(tiles, whole_tiles, num_groups)
+    for number in range(segments):
+        tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
+        tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N + 64 * BLOCKS * WARPGROUP
+        if BLOCKS == 2:
+            acc, lower, step = _sum_scaled(
+                x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step,
+                end - first, WARPGROUP, BLOCK_M, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
+                STAGES,
+            )  # fmt: skip
+            if EXPONENT_BITS > 0:
+                acc *= REST_OF_GAP
+                lower *= REST_OF_GAP
+            store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
+            store_rows(lower, bias_ptr, residual_ptr, out_ptr, m0, n0 + 64, M, N, HAS_BIAS, HAS_RESIDUAL)
+        else:
+            acc, step = _sum_groups(
+                x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step,
+                end - first, WARPGROUP, BLOCK_M, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
+                STAGES,
+            )  # fmt: skip
+            acc *= UNPLACED
+            complete = end - first == num_groups
+            if not complete:
+                acc, complete = gather_parts(
+                    acc, partial_ptr, arrivals_ptr, tile - whole_tiles, first, end, num_groups,
+                    tiles - whole_tiles, WARPGROUP,
+                )  # fmt: skip
+            if complete:
+                store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
+
+
+@gluon.jit(do_not_specialize=["M", "whole_tiles"])
+def weight_only_hopper_kernel(
+    x_desc,
+    weight_desc,
+    high_bits_desc,
+    weight_scale_ptr,
+    zero_point_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    M,
+    N,
+    weight_rows,
+    num_groups,
+    whole_tiles,
+    GROUP: gl.constexpr,
+    HIGH_BYTES: gl.constexpr,
+    EXPONENT_BITS: gl.constexpr,
+    MANTISSA_BITS: gl.constexpr,
+    HAS_ZERO_POINT: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    BLOCK_N: gl.constexpr = 128 * BLOCKS
+    HAS_HIGH_BITS: gl.constexpr = HIGH_BYTES > 0
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, GROUP], x_desc.layout)
+    weight_ring = gl.allocate_shared_memory(
+        gl.int8, [STAGES, BLOCK_N, GROUP // 2], weight_desc.layout
+    )
+    if HAS_HIGH_BITS:
+        high_bits_ring = gl.allocate_shared_memory(
+            gl.int8, [STAGES, BLOCK_N, HIGH_BYTES], high_bits_desc.layout
+        )
+    else:
+        high_bits_ring = weight_ring
+    scale_ring = gl.allocate_shared_memory(
+        weight_scale_ptr.dtype.element_ty, [STAGES, BLOCK_N], flat
+    )
+    if HAS_ZERO_POINT:
+        zero_point_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N], flat)
+    else:
+        zero_point_ring = scale_ring
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=33)  # the TMA's bytes, and 32 threads' cp.async
+        mbarrier.init(empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, x_ring, weight_ring,
+                high_bits_ring, scale_ring, zero_point_ring, full, empty, M, N, num_groups,
+                whole_tiles, gl.constexpr(0), EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
+                BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
+            )),
+            (_multiply, (
+                bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, x_ring, weight_ring,
+                high_bits_ring, scale_ring, zero_point_ring, full, empty, M, N, num_groups,
+                whole_tiles, gl.constexpr(1), EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
+                BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
+            )),
+            (_load, (
+                x_desc, weight_desc, high_bits_desc, weight_scale_ptr, zero_point_ptr, x_ring,
+                weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, M, N,
+                weight_rows, num_groups, whole_tiles, HAS_HIGH_BITS, HAS_ZERO_POINT, BLOCK_M,
+                BLOCK_N, STAGES,
+            )),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
+
+
+PATH = "hopper 16-bit"
+_RING_BYTES = 205 * 1024  # of shared memory, beside what a store takes
+_MOST_STAGES = 10
+# microseconds that a tile's step of one group takes: to be measured
+STEP_US = per_tiling({(16, 1): 0.4, (32, 1): 0.45, (64, 1): 0.5, (128, 1): 0.8, (128, 2): 1.4})
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    high_bits: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    tiling: HopperTiling,
+    bits: tuple[int, int],
+    multiprocessors: int,
+) -> None:
+    """Fills `out` (*, N) of x's dtype; the arguments of weight_only_linear.multiply_packed."""
+    num_groups, N, half_group = weight.shape
+    M = x.numel() // x.shape[-1]
+    block_m, blocks = tiling
+    sharing = share_out(out, num_groups, tiling, STEP_US[tiling], multiprocessors)
+    weight_rows = rows_per_group(weight)
+    weight_desc = _rows(weight, 128 * blocks)
+    high_bytes = 0 if high_bits is None else high_bits.shape[2]
+    stage_bytes = 4 * half_group * block_m + 128 * blocks * (half_group + high_bytes + 4)
+    weight_only_hopper_kernel[(sharing.programs,)](
+        TensorDescriptor.from_tensor(
+            x.view(M, x.shape[-1]), [block_m, 2 * half_group], gl.NVMMASharedLayout(128, 16, 2)
+        ),
+        weight_desc,
+        weight_desc if high_bits is None else _rows(high_bits, 128 * blocks),
+        weight_scale,
+        weight_scale if zero_point is None else zero_point,
+        out if bias is None else bias,
+        out if residual is None else residual,
+        out,
+        sharing.partial,
+        sharing.arrivals,
+        M,
+        N,
+        weight_rows,
+        num_groups,
+        sharing.whole_tiles,
+        GROUP=2 * half_group,
+        HIGH_BYTES=high_bytes,
+        EXPONENT_BITS=bits[0],
+        MANTISSA_BITS=bits[1],
+        HAS_ZERO_POINT=zero_point is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_M=block_m,
+        BLOCKS=blocks,
+        STAGES=min(_RING_BYTES // stage_bytes, _MOST_STAGES),
+        REGISTERS=ROLE_REGISTERS,
+        num_warps=4,
+    )
+
+
+def _rows(matrix: Tensor, rows: int) -> TensorDescriptor:
+    """For TMA to read blocks of rows of a matrix (G, N, bytes), all groups' below each other."""
+    num_groups, N, width = matrix.shape
+    all_rows = (num_groups - 1) * rows_per_group(matrix) + N  # those between two groups' own too
+    stored = matrix.view(torch.int8).as_strided((all_rows, width), (width, 1))
+    layout = gl.NVMMASharedLayout(width if width >= 32 else 0, 8, 2)
+    return TensorDescriptor.from_tensor(stored, [rows, width], layout)
