@@ -326,7 +326,7 @@ def rounded_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, RoundedWeig
         prefix = f"{name}{_SEPARATOR}"
         fields = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
         kind: Any = PackedWeight
-        if "row_scale" in fields:
+        if "group_scale" in fields:
             kind = TwoLevelWeight
         elif "outlier_weight" not in fields:
             kind = GroupedWeight

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import OptionError, unknown
-from .kernels.formats import FORMATS
-from .kernels.packing import GroupLayout
+from .kernels.formats import BLOCK_FORMATS, FORMATS, element_format
+from .kernels.packing import BLOCKS_GROUP, GroupLayout
 from .kernels.weight_only_linear import least_group_size
 
 # the kernels' tiles; float32 holds a group's sum exactly up to 1024
@@ -52,7 +52,8 @@ class Scheme:
         of GPTQ (arXiv 2210.17323), where it has this name.
     weight_format: "int", or a floating-point format of kernels/formats.py: "e3m2" or "e2m3" of 6
         bits, "e2m2" of 5, "e2m1" of 4 (FP4). Its clips are searched for; `weight_clip` is not read.
-        Needs 16-bit activations. Source: FP6-LLM (arXiv 2401.14112).
+        Needs 16-bit activations. Source: FP6-LLM (arXiv 2401.14112). Or a format of blocks, whose
+        scales have 8 bits, see kernels/block_formats.py: "mxfp4" in groups of 32, "nvfp4" of 16.
     """
 
     weight_bits: int = 4
@@ -76,7 +77,7 @@ class Scheme:
                 f"activation_bits is {self.activation_bits}; it must be 2 to 8, or 16"
             )
         sizes = _WEIGHT_ONLY_GROUP_SIZES if self.activation_bits == 16 else _GROUP_SIZES
-        if self.group_size not in sizes:
+        if self.weight_format not in BLOCK_FORMATS and self.group_size not in sizes:
             raise OptionError(f"group_size is {self.group_size}; it must be one of {sizes}")
         if self.outlier_channels < 0 or self.outlier_channels % _OUTLIER_STEP:
             raise OptionError(
@@ -99,9 +100,11 @@ class Scheme:
 
     def _check_weight_format(self) -> None:
         name = self.weight_format
-        if name not in FORMATS:
-            raise OptionError(unknown("weight_format", str(name), ["int", *FORMATS]))
-        bits, least = FORMATS[name].bits, least_group_size(name)
+        if name not in FORMATS and name not in BLOCK_FORMATS:
+            raise OptionError(
+                unknown("weight_format", str(name), ["int", *FORMATS, *BLOCK_FORMATS])
+            )
+        bits, least = element_format(name).bits, least_group_size(name)
         if self.activation_bits != 16:
             raise OptionError(
                 f"weight_format={name!r} needs activation_bits=16; it is {self.activation_bits}"
@@ -110,7 +113,12 @@ class Scheme:
             raise OptionError(
                 f"weight_bits is {self.weight_bits}; with weight_format={name!r} it must be {bits}"
             )
-        if self.group_size < least:
+        if name in BLOCK_FORMATS and self.group_size != BLOCK_FORMATS[name].size:
+            raise OptionError(
+                f"group_size is {self.group_size}; with weight_format={name!r} it must be "
+                f"{BLOCK_FORMATS[name].size}"
+            )
+        if name in FORMATS and self.group_size < least:
             raise OptionError(
                 f"group_size is {self.group_size}; with weight_format={name!r} it must be at least "
                 f"{least}"
@@ -165,6 +173,7 @@ class Scheme:
         `w4a16`: weights alone, in 4 bits, as GPTQ and AWQ do.
         `w6a16`, `w5a16`, `w4a16-fp4`: weights alone, in floating point of 6 (E2M3), 5 (E2M2) and 4
             bits (E2M1). `w6a16-e3m2`: in the 6 bits of FP6-LLM.
+        `mxfp4`, `nvfp4`: weights alone, in E2M1 with scales of 8 bits: 4.25 and 4.5 bits a weight.
         """
         if name not in PRESETS:
             raise OptionError(unknown("scheme", name, PRESETS))
@@ -175,10 +184,14 @@ class Scheme:
         return scheme if isinstance(scheme, Scheme) else cls.preset(scheme)
 
     def layout(self, width: int) -> GroupLayout:
-        """The cut of `width` input channels; at most width / 6 of them become outliers."""
+        """The cut of `width` input channels; at most width / 6 of them become outliers.
+
+        Its groups are those that are packed: two of NVFP4's blocks are one.
+        """
         fitting = width // _LEAST_SHARE // _OUTLIER_STEP * _OUTLIER_STEP
         outliers = min(self.outlier_channels, fitting)
-        return GroupLayout(width, self.group_size, outliers, self.two_level)
+        group_size = BLOCKS_GROUP if self.weight_format in BLOCK_FORMATS else self.group_size
+        return GroupLayout(width, group_size, outliers, self.two_level)
 
     def int8_groups(self, layout: GroupLayout) -> int:
         """How many groups are INT8 where calibration did not say."""
@@ -188,8 +201,9 @@ class Scheme:
 
 def _floating_point(name: str) -> Scheme:
     return Scheme(
-        weight_bits=FORMATS[name].bits,
+        weight_bits=element_format(name).bits,
         activation_bits=16,
+        group_size=BLOCK_FORMATS[name].size if name in BLOCK_FORMATS else 128,
         outlier_channels=0,
         weight_clip=1.0,
         activation_clip=1.0,
@@ -215,6 +229,8 @@ PRESETS = {
     "w6a16-e3m2": _floating_point("e3m2"),
     "w5a16": _floating_point("e2m2"),
     "w4a16-fp4": _floating_point("e2m1"),
+    "mxfp4": _floating_point("mxfp4"),
+    "nvfp4": _floating_point("nvfp4"),
 }
 
 

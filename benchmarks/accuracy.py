@@ -69,6 +69,8 @@ ROWS = [
     Row("w5a16", True),
     Row("w6a16", True),
     Row("w6a16-e3m2", True),
+    Row("mxfp4", True),
+    Row("nvfp4", True),
     Row("w3a3", True),
     Row("w3a3-rotated", True),
     Row("w4a4", False),
@@ -80,6 +82,8 @@ ROWS = [
     Row("w5a16", False),
     Row("w6a16", False),
     Row("w6a16-e3m2", False),
+    Row("mxfp4", False),
+    Row("nvfp4", False),
     Row("w3a3", False),
 ]
 

@@ -16,6 +16,17 @@ one shape they are spread over the threads alike, and each code meets its other 
 Sources: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978) for the numbers; for turning codes into
 16-bit floats by their exponent Kim et al., "Who Says Elephants Can't Run" (arXiv 2211.10017); for
 floating-point weights FP6-LLM (arXiv 2401.14112).
+
+MXFP4 and NVFP4 (block_formats.py) keep their scales of 8 bits, which the kernels read as they are:
+
+    MXFP4   a block is a group; its scale, of float32's range, goes to the group's sum
+    NVFP4   the lower codes of a group are one block, the upper ones another: a code times its scale
+            is exact in 16 bits, and the scale of the whole tensor goes to the output, as row_scale
+
+To scale NVFP4's codes in registers takes fewer instructions than to scale the sums of blocks of 16.
+In bfloat16, where a code has to be multiplied by a power of two anyhow, it costs none for a code:
+compiled for sm_90 a warp has 257, 176 and 170 of them in a step with 1, 32 and 64 tokens, instead
+of 397, 201 and 232.
 """
 
 from __future__ import annotations
@@ -30,7 +41,7 @@ from torch import Tensor
 
 from . import linear
 from .devices import is_hopper, multiprocessors
-from .formats import FORMATS
+from .formats import BLOCK_FORMATS, element_format
 from .library import define
 from .linear import Tiling, split_buffers, store_tile, tile_in_band
 from .packing import GroupedWeight, GroupLayout, dequantize_weight
@@ -42,6 +53,7 @@ def reference(
     weight_scale: Tensor,
     zero_point: Tensor | None,
     high_bits: Tensor | None,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -51,10 +63,10 @@ def reference(
     """x (*, K), rounded to `dtype`; the weight as `packing.GroupedWeight`, bias (N,), residual
     (*, N) -> (*, N) in `dtype`.
 
-    format: "int", or the name of the weight's format in `formats.FORMATS`.
+    format: "int", or the name of the weight's format in `formats.FORMATS` or `BLOCK_FORMATS`.
     """
     layout = GroupLayout(x.shape[-1], 2 * weight.shape[2], 0)
-    packed = GroupedWeight(weight, weight_scale, zero_point, high_bits)
+    packed = GroupedWeight(weight, weight_scale, zero_point, high_bits, row_scale)
     dense = dequantize_weight(packed, layout, format)
     out = F.linear(x.to(dtype).float(), dense)
     if bias is not None:
@@ -69,6 +81,7 @@ def fake(
     weight_scale: Tensor,
     zero_point: Tensor | None,
     high_bits: Tensor | None,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -109,15 +122,17 @@ def _unpacking(dtype, pack):
 
 
 @triton.constexpr_function
-def _placing(dtype, pack, exponent_bits, mantissa_bits, part):
+def _placing(dtype, pack, exponent_bits, mantissa_bits, part, scaled):
     """PTX that makes 16-bit floats of floating-point codes, two bytes of `weight` at a time.
 
     Each half of a register gets a byte of `weight` below its byte of `high_bits`, from where each
     field of a code is shifted to its place. Float16 is left there, the value times 2^-gap; bfloat16
-    is multiplied by 2^gap, as sums of such small products would underflow.
+    is multiplied by 2^gap, as sums of such small products would underflow. scaled: both are
+    multiplied by the operand `scale` instead, which in bfloat16 has 2^gap in it.
 
     Results are the lower codes of `pack` bytes, then the upper ones; operands the bytes of `weight`
-    and then those of `high_bits`, each a whole register or half a one.
+    and then those of `high_bits`, each a whole register or half a one; then, if scaled, the scales
+    of the results.
     """
     words = pack // 2  # of a result
     is_bfloat16 = dtype == tl.bfloat16
@@ -132,6 +147,7 @@ def _placing(dtype, pack, exponent_bits, mantissa_bits, part):
     if is_bfloat16:
         unit = 127 + 127 - ((1 << (exponent_bits - 1)) - 1) << 7  # 2^gap
         lines += [f"mov.b32 unit, {unit << 16 | unit:#x};", "mov.b32 zero, 0x80008000;"]  # -0
+    scale_at = 2 * words + 2
     for word, beside in enumerate(("0x5140", "0x7362")[:words]):
         high = "0" if extra == 0 else "more"
         lines.append(f"prmt.b32 pair, bytes, {high}, {beside};")
@@ -150,8 +166,11 @@ def _placing(dtype, pack, exponent_bits, mantissa_bits, part):
                 mask = ((1 << bits) - 1) << to
                 mask = f"{mask << 16 | mask:#x}"
                 lines.append(f"lop3.b32 {result}, field, {mask}, {result}, 0xEA;")  # (a & b) | c
+            factor = f"${scale_at + upper * words + word}" if scaled else "unit"
             if is_bfloat16:
-                lines.append(f"fma.rn.bf16x2 {result}, {result}, unit, zero;")
+                lines.append(f"fma.rn.bf16x2 {result}, {result}, {factor}, zero;")
+            elif scaled:
+                lines.append(f"mul.f16x2 {result}, {result}, {factor};")
     return "{" + " ".join(lines) + "}"
 
 
@@ -161,8 +180,9 @@ def _registers(pack):
 
 
 @triton.constexpr_function
-def _registers_of_planes(pack):
-    return "=&r,=&r,=&r,=&r,r,r" if pack == 4 else "=&r,=&r,h,h"
+def _registers_of_planes(pack, scaled):
+    registers = "=&r,=&r,=&r,=&r,r,r" if pack == 4 else "=&r,=&r,h,h"
+    return registers + ",r" * pack if scaled else registers
 
 
 @triton.constexpr_function
@@ -183,6 +203,28 @@ def _twice(dtype):
     return dtype, dtype
 
 
+@triton.constexpr_function
+def _power_of_e4m3(dtype):
+    """By what a scale of NVFP4 is multiplied before it is made 16 bits wide.
+
+    Float16 codes are 2^-14 of their values, and those times a scale multiples of 2^-24, so that all
+    are float16 numbers. In bfloat16 the largest scale is still finite times 2^gap, 2^126.
+    """
+    return 2.0**-9 if dtype == tl.bfloat16 else 1.0
+
+
+@triton.jit
+def _read_scale(scale, SCALE: tl.constexpr):
+    """A scale as it is stored -> float32. SCALE: "e8m0", "e4m3" (no negative ones) or "16 bits"."""
+    if SCALE == "e8m0":
+        bits = tl.maximum(scale.to(tl.int32) << 23, 1 << 22)  # 2^-127 is a subnormal number
+        return tl.where(scale == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+    if SCALE == "e4m3":
+        placed = (scale.to(tl.int32) << 20).to(tl.float32, bitcast=True)
+        return tl.where(scale == 127, float("nan"), placed * 2.0**120)
+    return scale.to(tl.float32)
+
+
 @triton.jit
 def _place(codes, DTYPE: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr):
     """int32 codes -> as `_placing` makes them."""
@@ -199,17 +241,21 @@ def to_values(
     packed,
     high_bits,
     zero_point,
+    low_scale,
+    high_scale,
     DTYPE: tl.constexpr,
     PACK: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
     PART: tl.constexpr,
+    IS_SCALED: tl.constexpr,
 ):
     """Packed rows (N, J) -> what their lower and upper codes stand for before they are scaled.
 
     The one place that knows the weight's format. packed, high_bits (N, J) uint8, zero_point (N,)
     int8, each read only by formats that have it. Two tiles (N, J) of DTYPE, exact, but float16 of a
-    floating-point format is 2^-gap of it; nothing moves between threads. PACK: so many bytes of a
+    floating-point format is 2^-gap of it; nothing moves between threads. IS_SCALED: they are times
+    `low_scale` and `high_scale`, (N,) float32, and `_power_of_e4m3`. PACK: so many bytes of a
     row lie side by side in a thread, 2 for Hopper's products of four warps and 4 for all others; 0
     for no PTX at all. EXPONENT_BITS: 0 for INT4. PART: which of the parts it is.
     """
@@ -218,11 +264,22 @@ def to_values(
     zero_point = zero_point.to(tl.int32)[:, None]
     if EXPONENT_BITS > 0:
         if PACK > 0 and DTYPE.primitive_bitwidth == 16:
-            low, high = tl.inline_asm_elementwise(
-                _placing(DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, PART),
-                _registers_of_planes(PACK), [packed, high_bits],
-                dtype=_twice(DTYPE), is_pure=True, pack=PACK,
-            )  # fmt: skip
+            if IS_SCALED:
+                GAP: tl.constexpr = _power_of_gap(EXPONENT_BITS, 127) if DTYPE.is_bf16() else 1.0
+                UNIT: tl.constexpr = GAP * _power_of_e4m3(DTYPE)
+                low_unit = (low_scale * UNIT).to(DTYPE)[:, None]
+                high_unit = (high_scale * UNIT).to(DTYPE)[:, None]
+                low, high = tl.inline_asm_elementwise(
+                    _placing(DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, PART, True),
+                    _registers_of_planes(PACK, True), [packed, high_bits, low_unit, high_unit],
+                    dtype=_twice(DTYPE), is_pure=True, pack=PACK,
+                )  # fmt: skip
+            else:
+                low, high = tl.inline_asm_elementwise(
+                    _placing(DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, PART, False),
+                    _registers_of_planes(PACK, False), [packed, high_bits],
+                    dtype=_twice(DTYPE), is_pure=True, pack=PACK,
+                )  # fmt: skip
         else:
             EXTRA: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS - 3
             low_codes = packed.to(tl.int32) & 0xF
@@ -234,6 +291,10 @@ def to_values(
                 high_codes |= ((extra >> 4) & MASK) << 4
             low = _place(low_codes, DTYPE, EXPONENT_BITS, MANTISSA_BITS)
             high = _place(high_codes, DTYPE, EXPONENT_BITS, MANTISSA_BITS)
+            if IS_SCALED:
+                FACTOR: tl.constexpr = _power_of_e4m3(DTYPE)
+                low = (low.to(tl.float32) * (low_scale * FACTOR)[:, None]).to(DTYPE)
+                high = (high.to(tl.float32) * (high_scale * FACTOR)[:, None]).to(DTYPE)
     elif PACK > 0 and DTYPE.primitive_bitwidth == 16:
         CODE_ZERO: tl.constexpr = 136 if DTYPE.is_bf16() else 1032
         summand = (-CODE_ZERO - zero_point).to(tl.float32).to(DTYPE)
@@ -248,12 +309,25 @@ def to_values(
 
 
 @triton.jit
+def _load_scales(weight_scale_ptr, first_row, weight_rows, n, live_n, SCALE: tl.constexpr):
+    """Of the lower and the upper codes of rows n of a group, which begins at `first_row`."""
+    if SCALE == "e4m3":
+        low = tl.load(weight_scale_ptr + 2 * first_row + n, mask=live_n, other=0)
+        high = tl.load(weight_scale_ptr + 2 * first_row + weight_rows + n, mask=live_n, other=0)
+    else:
+        low = tl.load(weight_scale_ptr + first_row + n, mask=live_n, other=0)
+        high = low
+    return low, high
+
+
+@triton.jit
 def weight_only_kernel(
     x_ptr,
     weight_ptr,
     weight_scale_ptr,
     zero_point_ptr,
     high_bits_ptr,
+    row_scale_ptr,
     bias_ptr,
     residual_ptr,
     out_ptr,
@@ -269,6 +343,7 @@ def weight_only_kernel(
     RAGGED: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -284,7 +359,8 @@ def weight_only_kernel(
     Programs along the grid's second axis split K, as in `linear_kernel`. A group begins
     `weight_rows` rows after the one before: N, or more where the weight is part of a larger one.
     RAGGED: the last group is not full, and what lies behind a token's last channel is another
-    token's. EXPONENT_BITS, MANTISSA_BITS: of the weight's format, or 0 for INT4.
+    token's. EXPONENT_BITS, MANTISSA_BITS: of the weight's format, or 0 for INT4. SCALE: as for
+    `_read_scale`; with "e4m3" a group has two, and row_scale_ptr is read.
     """
     PARTS: tl.constexpr = _num_parts(EXPONENT_BITS, MANTISSA_BITS)
     HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
@@ -292,6 +368,7 @@ def weight_only_kernel(
     STEPS: tl.constexpr = PART_BYTES // PART_STEP  # a group's
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, 15) if DTYPE.is_fp16() else 1.0
+    IS_SCALED: tl.constexpr = SCALE == "e4m3"
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1) if IS_SPLIT else 1
@@ -312,23 +389,26 @@ def weight_only_kernel(
     first = split * num_groups // splits
     end = (split + 1) * num_groups // splits
     # Triton does not pipeline loads this small: they are fetched one step ahead
-    scale_at = tl.cast(first, tl.int64) * weight_rows + n
-    scale = tl.load(weight_scale_ptr + scale_at, mask=live_n, other=0.0)
+    scale_at = tl.cast(first, tl.int64) * weight_rows
+    low_scale, high_scale = _load_scales(weight_scale_ptr, scale_at, weight_rows, n, live_n, SCALE)
     zero_point = tl.zeros((BLOCK_N,), dtype=tl.int8)
     if HAS_ZERO_POINT:
-        zero_point = tl.load(zero_point_ptr + scale_at, mask=live_n, other=0)
+        zero_point = tl.load(zero_point_ptr + scale_at + n, mask=live_n, other=0)
     for step in range(first * STEPS, end * STEPS):
         group = step // STEPS
         byte = (step % STEPS) * PART_STEP
         following = tl.cast(tl.minimum((step + 1) // STEPS, num_groups - 1), tl.int64)
-        following = following * weight_rows + n
-        next_scale = tl.load(weight_scale_ptr + following, mask=live_n, other=0.0)
+        following = following * weight_rows
+        next_low_scale, next_high_scale = _load_scales(
+            weight_scale_ptr, following, weight_rows, n, live_n, SCALE
+        )
         if HAS_ZERO_POINT:
-            next_zero_point = tl.load(zero_point_ptr + following, mask=live_n, other=0)
+            next_zero_point = tl.load(zero_point_ptr + following + n, mask=live_n, other=0)
         first_row = tl.cast(group, tl.int64) * weight_rows
         if HAS_HIGH_BITS:
             high_bits = tl.load(high_bits_tile + first_row * PART_BYTES + byte)
-        sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        low_unit, high_unit = _read_scale(low_scale, SCALE), _read_scale(high_scale, SCALE)
+        sums = acc if IS_SCALED else tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for part in tl.static_range(PARTS):
             at = part * PART_BYTES + byte
             packed = tl.load(weight_tile + first_row * HALF_GROUP + at)
@@ -342,15 +422,19 @@ def weight_only_kernel(
                 x_low = tl.load(x_tile + channel)
                 x_high = tl.load(x_tile + channel + HALF_GROUP)
             low, high = to_values(
-                packed, high_bits if HAS_HIGH_BITS else packed, zero_point,
-                DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part,
+                packed, high_bits if HAS_HIGH_BITS else packed, zero_point, low_unit, high_unit,
+                DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part, IS_SCALED,
             )  # fmt: skip
             sums = tl.dot(low, x_low, sums, input_precision="ieee")
             sums = tl.dot(high, x_high, sums, input_precision="ieee")
-        acc += sums * (scale.to(tl.float32) * UNPLACED)[:, None]
-        scale = next_scale
+        acc = sums if IS_SCALED else acc + sums * low_unit[:, None]
+        low_scale, high_scale = next_low_scale, next_high_scale
         if HAS_ZERO_POINT:
             zero_point = next_zero_point
+    acc *= UNPLACED
+    if IS_SCALED:
+        row_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
+        acc *= (row_scale * (1.0 / _power_of_e4m3(DTYPE)))[:, None]
 
     store_tile(
         acc, m, n, M, N, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
@@ -364,6 +448,7 @@ def dequantize_kernel(
     weight_scale_ptr,
     zero_point_ptr,
     high_bits_ptr,
+    row_scale_ptr,
     out_ptr,
     N,
     K,
@@ -371,6 +456,7 @@ def dequantize_kernel(
     HALF_GROUP: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PACK: tl.constexpr,
@@ -384,11 +470,15 @@ def dequantize_kernel(
     group = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_n = n < N
-    at = tl.cast(group, tl.int64) * weight_rows + n
+    first_row = tl.cast(group, tl.int64) * weight_rows
+    at = first_row + n
     lane = tl.arange(0, PART_BYTES)
     live = live_n[:, None]
-    scale = tl.load(weight_scale_ptr + at, mask=live_n, other=0.0).to(tl.float32) * UNPLACED
-    scale = scale[:, None]
+    low_scale, high_scale = _load_scales(weight_scale_ptr, first_row, weight_rows, n, live_n, SCALE)
+    low_scale, high_scale = _read_scale(low_scale, SCALE), _read_scale(high_scale, SCALE)
+    if SCALE == "e4m3":
+        row_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
+        low_scale, high_scale = low_scale * row_scale, high_scale * row_scale
     zero_point = tl.zeros((BLOCK_N,), dtype=tl.int8)
     if HAS_ZERO_POINT:
         zero_point = tl.load(zero_point_ptr + at, mask=live_n, other=0)
@@ -398,17 +488,15 @@ def dequantize_kernel(
         byte = part * PART_BYTES + lane
         packed = tl.load(weight_ptr + at[:, None] * HALF_GROUP + byte, mask=live, other=0)
         low, high = to_values(
-            packed, high_bits if HAS_HIGH_BITS else packed, zero_point,
-            DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part,
+            packed, high_bits if HAS_HIGH_BITS else packed, zero_point, low_scale, high_scale,
+            DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part, False,
         )  # fmt: skip
+        low = low.to(tl.float32) * UNPLACED * low_scale[:, None]
+        high = high.to(tl.float32) * UNPLACED * high_scale[:, None]
         channel = group * 2 * HALF_GROUP + byte[None, :]
         out = out_ptr + n.to(tl.int64)[:, None] * K + channel
-        tl.store(out, (low.to(tl.float32) * scale).to(DTYPE), mask=live & (channel < K))
-        tl.store(
-            out + HALF_GROUP,
-            (high.to(tl.float32) * scale).to(DTYPE),
-            mask=live & (channel + HALF_GROUP < K),
-        )
+        tl.store(out, low.to(DTYPE), mask=live & (channel < K))
+        tl.store(out + HALF_GROUP, high.to(DTYPE), mask=live & (channel + HALF_GROUP < K))
 
 
 PATH = "triton 16-bit"
@@ -434,8 +522,9 @@ def choose_tiling(
     # two warps multiply by mma.sync, on Hopper too, which takes its weights by whole words: a third
     # fewer instructions than with wgmma at 8 tokens, as many at 32, a third more at 64
     few = tiling.block_m <= 16
-    # but tiles as narrow as a quarter of a group Triton then unpacks in other threads
-    two_warps = few and _num_parts(*_bits(format)) < 4
+    # but tiles as narrow as a quarter of a group Triton then unpacks in other threads; so it does
+    # with a group of MXFP4: 344 instructions for each of two warps, 138 for each of four
+    two_warps = few and _num_parts(*_bits(format)) < 4 and format != "mxfp4"
     # what the shared memory of every GPU since sm_80 holds
     block_m = min(tiling.block_m, 128 if dtype.itemsize == 2 else 32)
     stages = 4 if few else 3 if block_m <= 64 else 2
@@ -465,7 +554,15 @@ def _bits(format: str) -> tuple[int, int]:
     """Of exponent and mantissa, as the kernels take them."""
     if format == "int":
         return 0, 0
-    return FORMATS[format].exponent_bits, FORMATS[format].mantissa_bits
+    element = element_format(format)
+    return element.exponent_bits, element.mantissa_bits
+
+
+def _scale_of(format: str) -> str:
+    """As `_read_scale` takes it."""
+    if format not in BLOCK_FORMATS:
+        return "16 bits"
+    return "e4m3" if BLOCK_FORMATS[format].tensor_scale else "e8m0"
 
 
 def launch(
@@ -474,6 +571,7 @@ def launch(
     weight_scale: Tensor,
     zero_point: Tensor | None,
     high_bits: Tensor | None,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -487,7 +585,7 @@ def launch(
     if M == 0:
         return x.new_empty(*x.shape[:-1], N)
     tiling = choose_tiling(M, N, num_groups, dtype, x.device, format)
-    arguments = (x, weight, weight_scale, zero_point, high_bits, bias, residual)
+    arguments = (x, weight, weight_scale, zero_point, high_bits, row_scale, bias, residual)
     if tiling is None:
         return multiply_dense(*arguments, format=format)
     return multiply_packed(*arguments, tiling, format=format)
@@ -499,6 +597,7 @@ def multiply_packed(
     weight_scale: Tensor,
     zero_point: Tensor | None,
     high_bits: Tensor | None,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     tiling: Tiling,
@@ -521,6 +620,7 @@ def multiply_packed(
         weight_scale,
         out if zero_point is None else zero_point,
         out if high_bits is None else high_bits,
+        out if row_scale is None else row_scale,
         out if bias is None else bias,
         out if residual is None else residual,
         out,
@@ -536,6 +636,7 @@ def multiply_packed(
         RAGGED=K % (2 * half_group) != 0,
         EXPONENT_BITS=exponent_bits,
         MANTISSA_BITS=mantissa_bits,
+        SCALE=_scale_of(format),
         HAS_ZERO_POINT=zero_point is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
@@ -556,6 +657,7 @@ def multiply_dense(
     weight_scale: Tensor,
     zero_point: Tensor | None,
     high_bits: Tensor | None,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     *,
@@ -571,6 +673,7 @@ def multiply_dense(
         weight_scale,
         dense if zero_point is None else zero_point,
         dense if high_bits is None else high_bits,
+        dense if row_scale is None else row_scale,
         dense,
         N,
         x.shape[-1],
@@ -578,6 +681,7 @@ def multiply_dense(
         HALF_GROUP=half_group,
         EXPONENT_BITS=exponent_bits,
         MANTISSA_BITS=mantissa_bits,
+        SCALE=_scale_of(format),
         HAS_ZERO_POINT=zero_point is not None,
         BLOCK_N=block_n,
         PACK=4 if x.is_cuda else 0,
@@ -588,7 +692,7 @@ def multiply_dense(
 
 weight_only_linear = define(
     "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? zero_point, "
-    "Tensor? high_bits, Tensor? bias, Tensor? residual, ScalarType dtype, *, "
+    "Tensor? high_bits, Tensor? row_scale, Tensor? bias, Tensor? residual, ScalarType dtype, *, "
     'str format="int") -> Tensor',
     reference,
     fake,
