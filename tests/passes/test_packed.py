@@ -39,7 +39,9 @@ def hand_written() -> Any:
     return HandWritten(norm=Standardize, bias=True).eval()
 
 
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16", "mxfp4", "nvfp4"]
+)
 @pytest.mark.parametrize("make", [tiny_llama, qwen, hand_written])
 def test_the_same_operators_and_results(make: Any, scheme: str) -> None:
     model, ids = make(), token_batch()
