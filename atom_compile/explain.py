@@ -22,7 +22,7 @@ from .backend import refuse_training, rewrite
 from .capture import captured
 from .errors import AtomError, OptionError, unknown
 from .files import write_text
-from .kernels.formats import FORMATS
+from .kernels.formats import element_format
 from .options import Options
 from .passes.derived import operands_of
 from .passes.graphs import value
@@ -258,7 +258,7 @@ def _operators(product: Node) -> tuple[str, str | None]:
 def _weight_bits(product: Node) -> int:
     """Integers of fewer bits lie in four as well."""
     format = str(product.kwargs.get("format", "int"))
-    return 4 if format == "int" else FORMATS[format].bits
+    return 4 if format == "int" else element_format(format).bits
 
 
 def _activation_bits(product: Node) -> int:

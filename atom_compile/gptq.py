@@ -13,13 +13,15 @@ every step works on one channel of all rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernels.formats import FORMATS, FloatFormat, IntFormat
+from .kernels.formats import BLOCK_FORMATS, E2M1, FORMATS, FloatFormat, IntFormat
 from .kernels.packing import (
+    BLOCK_CLIPS,
     FLOAT_CLIPS,
     OUTLIER_BITS,
     TINY,
@@ -29,9 +31,12 @@ from .kernels.packing import (
     affine_grid,
     best_group_scales,
     best_scale,
+    block_codes,
     grouped_codes,
     pack_codes,
     pack_float_codes,
+    row_scales,
+    to_bfloat16,
     two_level_codes,
     two_level_row_scale,
     with_row_scale,
@@ -88,13 +93,17 @@ def round_weight(
     weight_only: bool = False,
     symmetric: bool = True,
     format: str = "int",
+    row_scale: Tensor | None = None,
 ) -> Rounded:
     """weight (N, K) in channel order, hessian (K, K) of its quantized input, in that order too.
 
     clips: the candidates of each group's clip; the best for the output is taken, row by row.
     weight_only, symmetric, format: the kind of weight that results, as in `PackedLinear`. One of a
-    floating-point format has its own bits and clips.
+    floating-point format has its own bits and clips. row_scale: what `row_scales` gives, if the
+    rows are those of several weights.
     """
+    if format in BLOCK_FORMATS:
+        return _round_in_blocks(weight, hessian, layout, format, row_scale)
     if format != "int":
         rounded, note = round_float_weight(weight, hessian, layout, FORMATS[format])
         kept = with_row_scale if layout.per_token else without_outliers
@@ -152,6 +161,25 @@ def round_float_weight(
     groups, scale, outliers, outlier_scale = _round_blocks(weight, factor, importance, layout, grid)
     codes, scale = format.round_to(groups), scale[:, :1] if layout.per_token else scale
     return RoundedFloat(pack_float_codes(codes, scale, outliers, outlier_scale, format), note)
+
+
+def _round_in_blocks(
+    weight: Tensor, hessian: Tensor, layout: GroupLayout, format: str, row_scale: Tensor | None
+) -> Rounded:
+    """A block's scale is rounded to its 8 bits before any of its channels are."""
+    factor, importance, note = _error_factor(hessian.float())
+    block, clips = BLOCK_FORMATS[format], BLOCK_CLIPS[format]
+    if row_scale is None:
+        row_scale = row_scales([weight], format)
+    if row_scale is not None:  # rows do not depend on each other, nor does their unit matter
+        weight = weight.float() / row_scale[:, None]
+
+    def grid(block_KN: Tensor, importance: Tensor) -> _Grid:
+        return _best_grid(block_KN, E2M1, clips, importance, block.scale.nearest)
+
+    blocks = replace(layout, group_size=block.size)
+    units, scale, *_ = _round_blocks(weight, factor, importance, blocks, grid)
+    return Rounded(block_codes(E2M1.round_to(units), scale, row_scale, format), note)
 
 
 def _round_blocks(
@@ -244,10 +272,15 @@ def _error_factor(hessian: Tensor) -> tuple[Tensor, Tensor, str | None]:
 
 
 def _best_grid(
-    block_KN: Tensor, format: FloatFormat | IntFormat, clips: Sequence[float], importance: Tensor
+    block_KN: Tensor,
+    format: FloatFormat | IntFormat,
+    clips: Sequence[float],
+    importance: Tensor,
+    round_scale: Callable[[Tensor], Tensor] = to_bfloat16,
 ) -> _Grid:
     """For each row the clip with the least squared error, weighted by `importance` (K,)."""
-    return _Grid(best_scale(block_KN, format, clips, importance[:, None], dim=0)[0], format)
+    scale = best_scale(block_KN, format, clips, importance[:, None], 0, round_scale)
+    return _Grid(scale[0], format)
 
 
 def _best_affine_grid(

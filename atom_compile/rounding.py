@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import AtomError, RecipeError
 from .gptq import fit_weight, round_weight
-from .kernels.packing import dequantize_weight, select_rows, to_device
+from .kernels.packing import dequantize_weight, row_scales, select_rows, to_device
 from .passes.linears import FoundLinear, is_weight
 from .passes.transforms import Transform
 from .precision import ACTIVATION_CLIPS, fake_quantize, sample_rows, transform_of
@@ -175,6 +175,7 @@ class Rounder:
             weight_only=weight_only,
             symmetric=self._scheme.symmetric,
             format=self._scheme.weight_format,
+            row_scale=row_scales(work.weights, self._scheme.weight_format),
         )
         del hessian, fitted
         sample = _sample(work.xs, work.transform)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from .errors import OptionError, unknown
 from .kernels import float8_linear
-from .kernels.formats import FORMATS
-from .kernels.packing import GroupLayout
+from .kernels.formats import BLOCK_FORMATS, FORMATS, element_format
+from .kernels.packing import BLOCKS_GROUP, GroupLayout
 from .kernels.weight_only_linear import least_group_size
 
 # the kernels' tiles; float32 holds a group's sum exactly up to 1024
@@ -53,7 +53,9 @@ class Scheme:
         of GPTQ (arXiv 2210.17323), where it has this name.
     weight_format: "int", or a floating-point format of kernels/formats.py: "e3m2" or "e2m3" of 6
         bits, "e2m2" of 5, "e2m1" of 4 (FP4). Its clips are searched for; `weight_clip` is not read.
-        Needs 16-bit activations, or e4m3. Source: FP6-LLM (arXiv 2401.14112).
+        Needs 16-bit activations, or e4m3. Source: FP6-LLM (arXiv 2401.14112). Or a format of
+        blocks, whose scales have 8 bits, see kernels/block_formats.py: "mxfp4" in groups of 32,
+        "nvfp4" of 16.
     activation_format: "int", or "e4m3" (FP8) with one scale per token, found at run time: then
         `activation_bits` is 8, `weight_format` of 6 bits with one scale per output row, and
         channels stay as they are. `activation_clip` is not read, and the groups, of 128 channels,
@@ -82,7 +84,7 @@ class Scheme:
                 f"activation_bits is {self.activation_bits}; it must be 2 to 8, or 16"
             )
         sizes = _WEIGHT_ONLY_GROUP_SIZES if self.activation_bits == 16 else _GROUP_SIZES
-        if self.group_size not in sizes:
+        if self.weight_format not in BLOCK_FORMATS and self.group_size not in sizes:
             raise OptionError(f"group_size is {self.group_size}; it must be one of {sizes}")
         if self.outlier_channels < 0 or self.outlier_channels % _OUTLIER_STEP:
             raise OptionError(
@@ -107,9 +109,11 @@ class Scheme:
 
     def _check_weight_format(self) -> None:
         name = self.weight_format
-        if name not in FORMATS:
-            raise OptionError(unknown("weight_format", str(name), ["int", *FORMATS]))
-        bits, least = FORMATS[name].bits, least_group_size(name)
+        if name not in FORMATS and name not in BLOCK_FORMATS:
+            raise OptionError(
+                unknown("weight_format", str(name), ["int", *FORMATS, *BLOCK_FORMATS])
+            )
+        bits, least = element_format(name).bits, least_group_size(name)
         if self.activation_bits != 16 and self.activation_format == "int":
             raise OptionError(
                 f"weight_format={name!r} needs activation_bits=16 or an activation_format such as "
@@ -119,7 +123,12 @@ class Scheme:
             raise OptionError(
                 f"weight_bits is {self.weight_bits}; with weight_format={name!r} it must be {bits}"
             )
-        if self.group_size < least:
+        if name in BLOCK_FORMATS and self.group_size != BLOCK_FORMATS[name].size:
+            raise OptionError(
+                f"group_size is {self.group_size}; with weight_format={name!r} it must be "
+                f"{BLOCK_FORMATS[name].size}"
+            )
+        if name in FORMATS and self.group_size < least:
             raise OptionError(
                 f"group_size is {self.group_size}; with weight_format={name!r} it must be at least "
                 f"{least}"
@@ -200,6 +209,7 @@ class Scheme:
             `w6a8-e3m2`: in the 6 bits of FP6-LLM.
         `w6a16`, `w5a16`, `w4a16-fp4`: weights alone, in floating point of 6 (E2M3), 5 (E2M2) and 4
             bits (E2M1). `w6a16-e3m2`: in the 6 bits of FP6-LLM.
+        `mxfp4`, `nvfp4`: weights alone, in E2M1 with scales of 8 bits: 4.25 and 4.5 bits a weight.
         """
         if name not in PRESETS:
             raise OptionError(unknown("scheme", name, PRESETS))
@@ -210,11 +220,15 @@ class Scheme:
         return scheme if isinstance(scheme, Scheme) else cls.preset(scheme)
 
     def layout(self, width: int) -> GroupLayout:
-        """The cut of `width` input channels; at most width / 6 of them become outliers."""
+        """The cut of `width` input channels; at most width / 6 of them become outliers.
+
+        Its groups are those that are packed: two of NVFP4's blocks are one.
+        """
         fitting = width // _LEAST_SHARE // _OUTLIER_STEP * _OUTLIER_STEP
         outliers = min(self.outlier_channels, fitting)
+        group_size = BLOCKS_GROUP if self.weight_format in BLOCK_FORMATS else self.group_size
         per_token = self.two_level or self.activation_format == "e4m3"
-        return GroupLayout(width, self.group_size, outliers, per_token)
+        return GroupLayout(width, group_size, outliers, per_token)
 
     @property
     def sorts_channels(self) -> bool:
@@ -232,8 +246,9 @@ class Scheme:
 
 def _floating_point(name: str, activation_bits: int = 16, activation_format: str = "int") -> Scheme:
     return Scheme(
-        weight_bits=FORMATS[name].bits,
+        weight_bits=element_format(name).bits,
         activation_bits=activation_bits,
+        group_size=BLOCK_FORMATS[name].size if name in BLOCK_FORMATS else 128,
         outlier_channels=0,
         weight_clip=1.0,
         activation_clip=1.0,
@@ -263,6 +278,8 @@ PRESETS = {
     "w6a8-e3m2": _floating_point("e3m2", 8, "e4m3"),
     "w5a16": _floating_point("e2m2"),
     "w4a16-fp4": _floating_point("e2m1"),
+    "mxfp4": _floating_point("mxfp4"),
+    "nvfp4": _floating_point("nvfp4"),
 }
 
 

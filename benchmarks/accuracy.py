@@ -71,6 +71,8 @@ ROWS = [
     Row("w6a16-e3m2", True),
     Row("w6a8", True),
     Row("w6a8-e3m2", True),
+    Row("mxfp4", True),
+    Row("nvfp4", True),
     Row("w3a3", True),
     Row("w3a3-rotated", True),
     Row("w4a4", False),
@@ -84,6 +86,8 @@ ROWS = [
     Row("w6a16-e3m2", False),
     Row("w6a8", False),
     Row("w6a8-e3m2", False),
+    Row("mxfp4", False),
+    Row("nvfp4", False),
     Row("w3a3", False),
 ]
 

@@ -8,9 +8,11 @@
 
     value = code * (block scale * tensor scale)
 
-Hopper has no tensor cores for them. What it computes with instead is exact: an E2M1 value is one of
-e4m3, and so are blocks of MXFP4 under one common scale (`to_e4m3`); a code times a block's scale of
-NVFP4 has six significant bits, two too many for e4m3, and is one of float16 and of bfloat16.
+Hopper has no tensor cores for them, and those of Blackwell want activations of 8 bits or fewer too.
+What can be computed with instead is exact: an E2M1 value is one of e4m3, and so are blocks of MXFP4
+under one common scale (`to_e4m3`); a code times a block's scale of NVFP4 has six significant bits,
+two too many for e4m3, and is one of float16 and of bfloat16. weight_only_linear.py multiplies by
+them (`to_grouped_weight`).
 Sources: OCP Microscaling Formats (MX) 1.0, sections 5 and 6; NVIDIA (arXiv 2509.25149)
 for NVFP4.
 """
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .formats import E2M1, E4M3
-from .packing import TINY, FloatWeight, pack_float_codes
+from .packing import GroupedWeight, block_codes, tensor_scale
 
 _MXFP4_BLOCK, _NVFP4_BLOCK = 32, 16
 _LARGEST_RATIO = 64.0  # 6 * 64 is the largest multiple of an E2M1 value by a power of two in e4m3
@@ -58,12 +60,10 @@ def pack_nvfp4(weight: Tensor) -> BlockWeight:
     """Rounds a weight (N, K) to nearest, K a multiple of 16; its largest magnitude is 6 * 448."""
     blocks = _cut(weight, _NVFP4_BLOCK)
     peak = blocks.abs().amax(-1)
-    finite = peak.isfinite()
-    largest = torch.where(finite, peak, 0.0).max()
-    tensor_scale = (largest / (E2M1.largest * E4M3.largest)).clamp(min=TINY)
-    scale = E4M3.nearest(peak / (E2M1.largest * tensor_scale))
-    block_scale = torch.where(finite, scale, torch.nan).to(torch.float8_e4m3fn)
-    return _pack(blocks, block_scale, tensor_scale)
+    whole_scale = tensor_scale(blocks)
+    scale = E4M3.nearest(peak / (E2M1.largest * whole_scale))
+    block_scale = torch.where(peak.isfinite(), scale, torch.nan).to(torch.float8_e4m3fn)
+    return _pack(blocks, block_scale, whole_scale)
 
 
 def _cut(weight: Tensor, block: int) -> Tensor:
@@ -90,14 +90,12 @@ def dequantize_blocks(packed: BlockWeight) -> Tensor:
     return (E2M1.decode(unpack_blocks(packed)) * scale[..., None]).flatten(1)
 
 
-def to_float_weight(packed: BlockWeight) -> FloatWeight:
-    """The same codes and scales as groups of a block's size; `tensor_scale` is not in them.
-
-    Exact: either block scale is a bfloat16 number.
-    """
-    codes, scale = unpack_blocks(packed), packed.block_scale.float()
-    no_outliers, none = codes.new_empty(len(codes), 0), scale.new_zeros(len(codes))
-    return pack_float_codes(codes, scale, no_outliers, none, E2M1)
+def to_grouped_weight(packed: BlockWeight) -> GroupedWeight:
+    """The same codes and scales as `atom::weight_only_linear` reads them."""
+    is_mxfp4 = packed.block_scale.dtype == torch.float8_e8m0fnu
+    row_scale = None if is_mxfp4 else packed.tensor_scale.repeat(len(packed.codes))
+    format = "mxfp4" if is_mxfp4 else "nvfp4"
+    return block_codes(unpack_blocks(packed), packed.block_scale.float(), row_scale, format)
 
 
 def to_e4m3(packed: BlockWeight, group_size: int) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ from .linear_hopper import (
     tile_at,
 )
 from .packing import RowWeight, rows_per_group
-from .weight_only_linear import placing_in_e4m3
+from .weight_values import placing_in_e4m3
 
 
 @gluon.jit
@@ -209,7 +209,6 @@ def float8_hopper_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-   
     REGISTERS: gl.constexpr,
 ):
     """GAP: what the products' sums of placed codes are to be multiplied by."""

@@ -31,7 +31,7 @@ from .formats import FORMATS
 from .library import define
 from .linear import Tiling
 from .linear_hopper import HopperTiling
-from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight, narrow_rows
+from .packing import GroupLayout, RowWeight, dequantize_weight, narrow_rows
 
 GROUP_SIZE = 128
 """Channels that lie together in the planes; see packing.py."""
@@ -101,7 +101,7 @@ def choose_tiling(
     if M > _MOST_TOKENS:
         return None
     if not multiplies_e4m3(device):
-        return weight_only_linear.choose_tiling(M, N, num_groups, torch.float16, device, "e2m3")
+        return weight_only_linear.packed_tiling(M, N, num_groups, torch.float16, device, "e2m3")
     tiling = linear.default_tiling(M, N, num_groups, multiprocessors(device))
     # at 8 tokens Triton would multiply by mma.sync in float16, from 16 on by wgmma
     return tiling._replace(
@@ -172,9 +172,9 @@ def multiply_packed(
     if in_e4m3 is None:
         in_e4m3 = multiplies_e4m3(codes.device)
     x = codes if in_e4m3 else codes.view(torch.uint8)
-    operands = x, packed.weight, packed.row_scale, None, packed.high_bits, bias, residual
+    planes = packed.weight, packed.weight, None, packed.high_bits, packed.row_scale
     return weight_only_linear.multiply_packed(
-        *operands, tiling, format=format, x_scale=scale, dtype=dtype
+        x, *planes, bias, residual, tiling, format=format, x_scale=scale, dtype=dtype
     )
 
 
@@ -242,8 +242,7 @@ def multiply_scaled(
 
 def _in_e4m3(packed: RowWeight, K: int, format: str) -> Tensor:
     """(N, K), 2^-gap of the values that the codes stand for."""
-    grouped = GroupedWeight(packed.weight, packed.row_scale, None, packed.high_bits)
-    return weight_only_linear.dequantize(grouped, K, torch.float8_e4m3fn, format)
+    return weight_only_linear.dequantize(packed, K, torch.float8_e4m3fn, format)
 
 
 def multiply_dense(
@@ -258,8 +257,9 @@ def multiply_dense(
 ) -> Tensor:
     """`launch` by way of activations and the whole weight in `dtype`."""
     x = (codes.float() * scale[..., None]).to(dtype)
-    operands = packed.weight, packed.row_scale, None, packed.high_bits, bias, residual
-    return weight_only_linear.multiply_dense(x, *operands, format=format)
+    dense = weight_only_linear.dequantize(packed, x.shape[-1], dtype, format)
+    out = F.linear(x, dense, None if bias is None else bias.to(dtype))
+    return out if residual is None else out + residual
 
 
 float8_linear = define(

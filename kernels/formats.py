@@ -146,8 +146,9 @@ FORMATS = {"e3m2": E3M2, "e2m3": E2M3, "e2m2": E2M2, "e2m1": E2M1}
 
 
 class Float8:
-    """torch.float8_e4m3fn with the same methods; rounding saturates, as torch's cast does not."""
+    """torch.float8_e4m3fn with the same methods; rounding saturates, as torch's cast need not."""
 
+    dtype = torch.float8_e4m3fn
     largest = torch.finfo(torch.float8_e4m3fn).max
 
     def round_to(self, x: Tensor) -> Tensor:
@@ -162,7 +163,41 @@ class Float8:
         return self.decode(self.round_to(x))
 
 
+class PowerOfTwo:
+    """torch.float8_e8m0fnu, for scales: 2^(byte - 127), or NaN for 255."""
+
+    dtype = torch.float8_e8m0fnu
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """x (*), none negative -> float32 (*): the power of two at or below, at least 2^-126."""
+        smallest = torch.finfo(torch.float32).smallest_normal
+        bits = x.float().clamp(min=smallest).view(torch.int32)
+        return (bits & _FLOAT32_EXPONENT).view(torch.float32)
+
+
 E4M3 = Float8()
+E8M0 = PowerOfTwo()
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """E2M1 codes in blocks of so many channels that share a scale of 8 bits.
+
+    tensor_scale: whether the whole weight has a float32 scale as well.
+    """
+
+    size: int
+    scale: Float8 | PowerOfTwo
+    tensor_scale: bool
+
+
+BLOCK_FORMATS = {"mxfp4": BlockFormat(32, E8M0, False), "nvfp4": BlockFormat(16, E4M3, True)}
+"""Formats of weights, by name, whose scales are of 8 bits; block_formats.py describes them."""
+
+
+def element_format(name: str) -> FloatFormat:
+    """Of the codes of a weight's format but "int"."""
+    return E2M1 if name in BLOCK_FORMATS else FORMATS[name]
 
 
 @dataclass(frozen=True)

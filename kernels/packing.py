@@ -30,24 +30,42 @@ then cut:
   `high_bits` in a row of a group, byte j of `weight` holds two codes whose other bits lie in byte
   j % P, those of the lower code from bit (bits - 4) * (j // P) on, of the upper one 4 bits further.
   A row may have one scale for all groups: `weight_scale` is then (1, N).
+* Weights in the formats of blocks (see block_formats.py) are packed by 32 channels, one block of
+  MXFP4 or two of NVFP4, the lower codes' before the upper ones'. Their scales stay in their 8 bits:
+  `weight_scale` is (blocks, N) uint8, the bytes of float8_e8m0fnu or of float8_e4m3fn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .formats import FORMATS, Float8, FloatFormat, IntFormat
+from .formats import (
+    BLOCK_FORMATS,
+    E2M1,
+    E4M3,
+    FORMATS,
+    Float8,
+    FloatFormat,
+    IntFormat,
+    element_format,
+)
 
 TINY = 1e-30  # a scale of a group of zeros: small, but with a finite reciprocal
 OUTLIER_BITS = 8
 FLOAT_CLIPS = tuple(2.0 ** (step / 8) for step in range(-4, 8))
 """The shares of the largest magnitude that are tried as the end of a floating-point grid. One that
 ends far past it loses a few codes at most: what changes is where among them the values lie."""
+BLOCK_CLIPS = {"mxfp4": (0.75, 1.5, 3.0), "nvfp4": FLOAT_CLIPS}
+"""The same for blocks. Of MXFP4 that is the power of two under which the peak becomes 4 to 8, as in
+MX 1.0, section 6.3, and the ones below and above."""
+BLOCKS_GROUP = 32
+"""So many channels of a weight in blocks are packed as one group."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,7 @@ class GroupLayout:
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(*, width) -> groups (*, G, group_size), zero-padded, outliers (*, outlier_channels)."""
         grouped = self.width - self.outlier_channels
-        padded = torch.nn.functional.pad(x[..., :grouped], (0, self.grouped_width - grouped))
+        padded = F.pad(x[..., :grouped], (0, self.grouped_width - grouped))
         return padded.unflatten(-1, (self.num_groups, self.group_size)), x[..., grouped:]
 
 
@@ -259,24 +277,29 @@ def pack_float_codes(
     )
 
 
+def to_bfloat16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
+
+
 def best_scale(
     x: Tensor,
     format: FloatFormat | IntFormat,
     clips: Sequence[float],
     importance: Tensor | None = None,
     dim: int = -1,
+    round_scale: Callable[[Tensor], Tensor] = to_bfloat16,
 ) -> Tensor:
     """The scale over `dim`, which stays as 1, that leaves the least squared error: float32.
 
-    It is rounded to bfloat16, as it is stored, before anything is rounded to it. clips: the shares
-    of the largest magnitude that are tried as the end of the grid. importance: what an error
+    It is rounded by `round_scale`, as it is stored, before anything is rounded to it. clips: the
+    shares of the largest magnitude that are tried as the end of the grid. importance: what an error
     counts, of a shape that spreads over x.
     """
     peak = x.abs().amax(dim, keepdim=True)
     # of a NaN or an Inf no error is less than infinite: it stays the scale
     best, least = peak, torch.full_like(peak, torch.inf)
     for clip in clips:
-        scale = (peak * (clip / format.largest)).clamp(min=TINY).to(torch.bfloat16).float()
+        scale = round_scale((peak * (clip / format.largest)).clamp(min=TINY))
         errors = (format.nearest(x / scale) * scale - x).square()
         error = (errors if importance is None else errors * importance).sum(dim, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
@@ -288,15 +311,19 @@ class GroupedWeight(NamedTuple):
 
     weight (G, N, group_size / 2) uint8 as in `PackedWeight`, weight_scale (G, N) of 16 bits. Of
     integers zero_point (G, N) int8: the code of zero, -8 to 8, or None for 0 everywhere. Of a
-    floating-point format high_bits as in `FloatWeight`, or None if it has no more than four.
+    floating-point format high_bits as in `FloatWeight`, or None if it has no more than four. Of
+    MXFP4 weight_scale (G, N), of NVFP4 (2 G, N) uint8, and for the latter row_scale (N,) float32:
+    the scale of the whole tensor, one for each row since several linears may be one weight.
 
         w = (code - zero_point) * weight_scale        w = value of the code * weight_scale
+        w = value of the code * weight_scale * row_scale
     """
 
     weight: Tensor
     weight_scale: Tensor
     zero_point: Tensor | None = None
     high_bits: Tensor | None = None
+    row_scale: Tensor | None = None
 
 
 def pack_grouped(
@@ -306,12 +333,16 @@ def pack_grouped(
     clip: float,
     symmetric: bool = True,
     format: str = "int",
+    row_scale: Tensor | None = None,
 ) -> GroupedWeight:
     """Quantizes a weight `(N, K)`, columns in order, rounding to nearest.
 
-    bits (2 to 4), clip, symmetric: of integers. A floating-point format, by its name in `FORMATS`,
-    has its own bits, and its clips are searched for.
+    bits (2 to 4), clip, symmetric: of integers. Another format, by its name in `FORMATS` or
+    `BLOCK_FORMATS`, has its own bits, and its clips are searched for. row_scale: what `row_scales`
+    gives, if these are rows of a larger weight.
     """
+    if format in BLOCK_FORMATS:
+        return _pack_blocks(weight, layout, format, row_scale)
     if format != "int":
         return without_outliers(pack_float_weight(weight, layout, FORMATS[format]))
     if symmetric:
@@ -382,9 +413,54 @@ def with_row_scale(packed: FloatWeight) -> RowWeight:
     return RowWeight(packed.weight, packed.high_bits, packed.weight_scale[0].float())
 
 
+def row_scales(weights: Sequence[Tensor], format: str) -> Tensor | None:
+    """The tensor's scale of each weight (N, K) for all of its rows: (sum of N,) float32.
+
+    It puts the largest block's scale at e4m3's largest. None for formats that have none.
+    """
+    if format not in BLOCK_FORMATS or not BLOCK_FORMATS[format].tensor_scale:
+        return None
+    return torch.cat([tensor_scale(weight).expand(len(weight)) for weight in weights])
+
+
+def tensor_scale(weight: Tensor) -> Tensor:
+    """() float32, of NVFP4. What is not finite is left out: it spoils its own block alone."""
+    peak = torch.nan_to_num(weight.abs(), 0.0, 0.0, 0.0).amax().float()
+    return (peak / (E2M1.largest * E4M3.largest)).clamp(min=TINY)
+
+
+def _pack_blocks(
+    weight: Tensor, layout: GroupLayout, format: str, row_scale: Tensor | None
+) -> GroupedWeight:
+    block = BLOCK_FORMATS[format]
+    weight = weight.float()
+    if row_scale is None:
+        row_scale = row_scales([weight], format)
+    if row_scale is not None:
+        weight = weight / row_scale[:, None]
+    blocks = layout.split(weight)[0].flatten(1).unflatten(1, (-1, block.size))
+    scale = best_scale(blocks, E2M1, BLOCK_CLIPS[format], round_scale=block.scale.nearest)
+    return block_codes(E2M1.round_to(blocks / scale), scale.squeeze(-1), row_scale, format)
+
+
+def block_codes(
+    codes: Tensor, scale: Tensor, row_scale: Tensor | None, format: str
+) -> GroupedWeight:
+    """uint8 codes (N, blocks, size), scale (N, blocks) exact in the format's 8 bits, or not finite.
+
+    The last group's missing block is added.
+    """
+    block = BLOCK_FORMATS[format]
+    missing = -scale.shape[1] % (BLOCKS_GROUP // block.size)
+    groups = F.pad(codes, (0, 0, 0, missing)).flatten(1).unflatten(1, (-1, BLOCKS_GROUP))
+    scale = F.pad(torch.where(scale.isfinite(), scale, torch.nan), (0, missing))
+    scale = scale.t().contiguous().to(block.scale.dtype).view(torch.uint8)
+    return GroupedWeight(pack_planes(groups.transpose(0, 1), 4)[0], scale, row_scale=row_scale)
+
+
 def high_bytes(group_size: int, format: str) -> int:
     """How many bytes of `high_bits` a row of a group has."""
-    return 0 if format == "int" else group_size * (FORMATS[format].bits - 4) // 8
+    return 0 if format == "int" else group_size * (element_format(format).bits - 4) // 8
 
 
 def _round_outliers(outliers: Tensor) -> tuple[Tensor, Tensor]:
@@ -504,7 +580,10 @@ def dequantize_weight(packed: AnyWeight, layout: GroupLayout, format: str = "int
         codes = unpack_int4(packed.weight).float()
     else:
         assert isinstance(packed, GroupedWeight | RowWeight)
-        codes = _decode(packed, FORMATS[format])
+        codes = _decode(packed, element_format(format))
+        if format in BLOCK_FORMATS:
+            assert isinstance(packed, GroupedWeight)
+            return _in_order(_scale_blocks(codes, packed, format), packed, layout)
     if isinstance(packed, TwoLevelWeight):
         scale = packed.group_scale * packed.row_scale
     elif isinstance(packed, RowWeight):
@@ -514,6 +593,17 @@ def dequantize_weight(packed: AnyWeight, layout: GroupLayout, format: str = "int
     if isinstance(packed, GroupedWeight) and packed.zero_point is not None:
         codes = codes - packed.zero_point[..., None]
     return _in_order(codes * scale[..., None], packed, layout)
+
+
+def _scale_blocks(values: Tensor, packed: GroupedWeight, format: str) -> Tensor:
+    """values (G, N, group_size) of the codes."""
+    block = BLOCK_FORMATS[format]
+    scale = packed.weight_scale.view(block.scale.dtype).float()
+    if packed.row_scale is not None:
+        scale = scale * packed.row_scale
+    scale_GNB = scale.unflatten(0, (len(values), -1)).transpose(1, 2)
+    blocks: Tensor = values.unflatten(-1, (-1, block.size)) * scale_GNB[..., None]
+    return blocks.flatten(-2)
 
 
 def dequantize_float_weight(

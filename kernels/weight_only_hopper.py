@@ -23,7 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import constexpr_function
 
+from . import linear_hopper
+from .formats import BLOCK_FORMATS
 from .linear_hopper import (
     ROLE_REGISTERS,
     HopperTiling,
@@ -35,17 +38,17 @@ from .linear_hopper import (
     store_rows,
     tile_at,
 )
-from .packing import rows_per_group
+from .packing import GroupLayout, rows_per_group
 from .weight_values import (
     num_parts,
     placing,
+    power_left,
     power_of_gap,
     registers,
     registers_of_planes,
     twice,
     unpacking,
 )
-
 
 # a scale times all of 2^gap might be too large for bfloat16
 _PART_OF_GAP = gl.constexpr(2.0**100)
@@ -130,21 +133,19 @@ def _beside(first, second):
     return gl.reshape(joined, (first.shape[0], 2 * first.shape[1]))
 
 
-@gluon.jit
-def _halves(tile):
-    """(64, 2 J) -> two tiles (64, J); the reverse of _beside."""
-    apart = gl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
-    return gl.split(gl.permute(apart, (0, 2, 1)))
+@constexpr_function
+def _shift(by):
+    return f"shr.u16 $0, $1, {by};"
 
 
 @gluon.jit
-def _values(packed, high_bits, DTYPE: gl.constexpr, EXPONENT_BITS: gl.constexpr,
-            MANTISSA_BITS: gl.constexpr, PART: gl.constexpr, SCALED: gl.constexpr):  # fmt: skip
-    """As weight_only_linear.to_values, of a floating-point format: lower codes, upper codes."""
-    return gl.inline_asm_elementwise(
-        placing(DTYPE, 2, EXPONENT_BITS, MANTISSA_BITS, PART, SCALED), registers_of_planes(2),
-        [packed, high_bits], dtype=twice(DTYPE), is_pure=True, pack=2,
-    )  # fmt: skip
+def _and_shifted(tile, BY: gl.constexpr):
+    """A tile of bytes (64, J), and beside it the same shifted right; what crosses from byte to byte
+    is not to be read."""
+    shifted = gl.inline_asm_elementwise(
+        _shift(BY), "=h,h", [tile], dtype=gl.int8, is_pure=True, pack=2
+    )
+    return _beside(tile, shifted)
 
 
 @gluon.jit
@@ -156,6 +157,12 @@ def _operand(
     """Rows ROW to ROW + 64 of a stage's weight, (64, group) as the tensor cores take them."""
     PARTS: gl.constexpr = num_parts(EXPONENT_BITS, MANTISSA_BITS)
     packed = weight_ring.index(stage).slice(ROW, 64, dim=0).load(layout)
+    if SCALED_WEIGHT:
+        scale = scale_ring.index(stage).slice(ROW, 64, dim=0)
+        scale = scale.load(gl.SliceLayout(1, layout)).to(gl.float32)
+        if EXPONENT_BITS > 0:  # what is placed is 2^-gap of its value, and stays so but for this
+            scale *= _PART_OF_GAP
+        scale = scale.to(DTYPE)[:, None]
     if EXPONENT_BITS == 0:
         CODE_ZERO: gl.constexpr = 136 if DTYPE.is_bf16() else 1032
         summand = gl.full([64], -CODE_ZERO, gl.int32, layout=gl.SliceLayout(1, layout))
@@ -167,40 +174,26 @@ def _operand(
             unpacking(DTYPE, 2), registers(2), [packed, summand],
             dtype=twice(DTYPE), is_pure=True, pack=2,
         )  # fmt: skip
-    elif PARTS == 1:
-        low, high = _values(packed, packed, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 0, not SCALED_WEIGHT)
     else:
-        more = high_bits_ring.index(stage).slice(ROW, 64, dim=0).load(layout)
-        first, second = _halves(packed)
-        if PARTS == 2:
-            first = gl.convert_layout(first, layout)
-            second = gl.convert_layout(second, layout)
-            low0, high0 = _values(first, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 0, not SCALED_WEIGHT)
-            low1, high1 = _values(second, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 1, not SCALED_WEIGHT)
+        high_bits = packed
+        if PARTS > 1:  # a byte of them is for that many bytes of the weight, which then read alike
+            high_bits = high_bits_ring.index(stage).slice(ROW, 64, dim=0).load(layout)
+            if PARTS == 4:
+                high_bits = _and_shifted(high_bits, 1)
+            high_bits = gl.convert_layout(_and_shifted(high_bits, 2), layout)
+        PTX: gl.constexpr = placing(DTYPE, 2, EXPONENT_BITS, MANTISSA_BITS, 0, SCALED_WEIGHT)
+        REGISTERS: gl.constexpr = registers_of_planes(2, SCALED_WEIGHT)
+        if SCALED_WEIGHT:
+            low, high = gl.inline_asm_elementwise(
+                PTX, REGISTERS, [packed, high_bits, scale, scale],
+                dtype=twice(DTYPE), is_pure=True, pack=2,
+            )  # fmt: skip
         else:
-            packed0, packed1 = _halves(first)
-            packed2, packed3 = _halves(second)
-            packed0 = gl.convert_layout(packed0, layout)
-            packed1 = gl.convert_layout(packed1, layout)
-            packed2 = gl.convert_layout(packed2, layout)
-            packed3 = gl.convert_layout(packed3, layout)
-            low00, high00 = _values(packed0, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 0, not SCALED_WEIGHT)
-            low01, high01 = _values(packed1, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 1, not SCALED_WEIGHT)
-            low10, high10 = _values(packed2, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 2, not SCALED_WEIGHT)
-            low11, high11 = _values(packed3, more, DTYPE, EXPONENT_BITS, MANTISSA_BITS, 3, not SCALED_WEIGHT)
-            low0 = _beside(low00, low01)
-            high0 = _beside(high00, high01)
-            low1 = _beside(low10, low11)
-            high1 = _beside(high10, high11)
-        low = _beside(low0, low1)
-        high = _beside(high0, high1)
+            low, high = gl.inline_asm_elementwise(
+                PTX, REGISTERS, [packed, high_bits], dtype=twice(DTYPE), is_pure=True, pack=2
+            )
     weight = gl.convert_layout(_beside(low, high), layout)
-    if SCALED_WEIGHT:
-        scale = scale_ring.index(stage).slice(ROW, 64, dim=0)
-        scale = scale.load(gl.SliceLayout(1, layout)).to(gl.float32)
-        if EXPONENT_BITS > 0:  # what is placed is 2^-gap of its value, and stays so but for this
-            scale *= _PART_OF_GAP
-        scale = scale.to(DTYPE)[:, None]
+    if SCALED_WEIGHT and EXPONENT_BITS == 0:
         weight = gl.inline_asm_elementwise(
             "mul.rn.bf16x2 $0, $1, $2;", "=r,r,r", [weight, scale],
             dtype=weight.dtype, is_pure=True, pack=2,
@@ -288,8 +281,8 @@ def _multiply(
     """One warpgroup: its rows of every segment's tile."""
     BLOCK_N: gl.constexpr = 128 * BLOCKS
     # float16 of a floating-point format is 2^-gap of its value
-    UNPLACED: gl.constexpr = power_of_gap(EXPONENT_BITS, 15) if x_ring.dtype.is_fp16() else 1.0
-    REST_OF_GAP: gl.constexpr = power_of_gap(EXPONENT_BITS, 127) / _PART_OF_GAP
+    UNPLACED: gl.constexpr = power_left(EXPONENT_BITS, x_ring.dtype)
+    REST_OF_GAP: gl.constexpr = power_of_gap(EXPONENT_BITS, x_ring.dtype) / _PART_OF_GAP
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
@@ -308,7 +301,9 @@ def _multiply(
                 acc *= REST_OF_GAP
                 lower *= REST_OF_GAP
             store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
-            store_rows(lower, bias_ptr, residual_ptr, out_ptr, m0, n0 + 64, M, N, HAS_BIAS, HAS_RESIDUAL)
+            store_rows(
+                lower, bias_ptr, residual_ptr, out_ptr, m0, n0 + 64, M, N, HAS_BIAS, HAS_RESIDUAL
+            )
         else:
             acc, step = _sum_groups(
                 x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step,
@@ -323,7 +318,9 @@ def _multiply(
                     tiles - whole_tiles, WARPGROUP,
                 )  # fmt: skip
             if complete:
-                store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
+                store_rows(
+                    acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL
+                )
 
 
 @gluon.jit(do_not_specialize=["M", "whole_tiles"])
@@ -410,8 +407,39 @@ def weight_only_hopper_kernel(
 PATH = "hopper 16-bit"
 _RING_BYTES = 205 * 1024  # of shared memory, beside what a store takes
 _MOST_STAGES = 10
-# microseconds that a tile's step of one group takes: to be measured
-STEP_US = per_tiling({(16, 1): 0.4, (32, 1): 0.45, (64, 1): 0.5, (128, 1): 0.8, (128, 2): 1.4})
+# microseconds that a tile's step of one group takes, measured on an H100
+STEP_US = {
+    "int": per_tiling({(32, 1): 0.47, (64, 1): 0.58, (128, 1): 0.87, (128, 2): 1.5}),
+    "other": per_tiling({(32, 1): 0.63, (64, 1): 0.75, (128, 1): 0.95, (128, 2): 1.6}),
+}
+
+
+def fits(N: int, layout: GroupLayout, dtype: torch.dtype, format: str) -> bool:
+    """Whether this kernel can compute a product of these sizes: TMA reads whole 16 bytes."""
+    aligned = N % 16 == 0 and layout.width % 8 == 0 and layout.group_size == 128
+    return aligned and dtype.itemsize == 2 and format not in BLOCK_FORMATS
+
+
+def is_aligned(
+    weight: Tensor, weight_scale: Tensor, zero_point: Tensor | None, high_bits: Tensor | None
+) -> bool:
+    """Whether rows that are part of a larger weight begin where TMA and cp.async can read them."""
+    planes = weight, weight_scale, zero_point, high_bits
+    starts = (one.data_ptr() % 16 == 0 for one in planes if one is not None)
+    return rows_per_group(weight) % 16 == 0 and all(starts)
+
+
+def best_tiling(
+    M: int, N: int, num_groups: int, dtype: torch.dtype, kind: str, multiprocessors: int
+) -> tuple[float, HopperTiling]:
+    """The microseconds that the fastest tiling should take, and it; kind: as in STEP_US."""
+    step_us = {
+        tiling: us
+        for tiling, us in STEP_US[kind].items()
+        if tiling.blocks == 1 or dtype == torch.bfloat16  # to scale weights float16 is too narrow
+    }
+    tiling, us = linear_hopper.best_tiling(M, N, num_groups, step_us, multiprocessors)
+    return us, tiling
 
 
 def launch(
@@ -431,7 +459,8 @@ def launch(
     num_groups, N, half_group = weight.shape
     M = x.numel() // x.shape[-1]
     block_m, blocks = tiling
-    sharing = share_out(out, num_groups, tiling, STEP_US[tiling], multiprocessors)
+    step_us = STEP_US["other" if bits[0] else "int"][tiling]
+    sharing = share_out(out, num_groups, tiling, step_us, multiprocessors)
     weight_rows = rows_per_group(weight)
     weight_desc = _rows(weight, 128 * blocks)
     high_bytes = 0 if high_bits is None else high_bits.shape[2]

@@ -5,8 +5,9 @@
 
 The sums run over k, the channels of group g. Codes are exact in 16 bits, so tensor cores multiply
 them as they are and the scale goes to a group's sum: no weight is rounded, and all sums are of
-float32. Only for many tokens, where unpacking for every tile of them would cost more than it saves,
-the whole weight is dequantized first, to `dtype`, and PyTorch multiplies.
+float32. Only for many tokens each weight is scaled first and rounded to `dtype`: by Hopper's own
+kernel (weight_only_hopper.py) in registers, or, where unpacking for every tile of tokens would cost
+more than it saves, by dequantizing the whole weight, which PyTorch then multiplies.
 
 The bits of a floating-point code are moved to where the wider format has them (formats.py). Those
 beyond four lie in `high_bits`, P bytes for a row of a group, each shared by bytes of `weight` that
@@ -16,6 +17,17 @@ one shape they are spread over the threads alike, and each code meets its other 
 Sources: GPTQ (arXiv 2210.17323) and AWQ (arXiv 2306.00978) for the numbers; for turning codes into
 16-bit floats by their exponent Kim et al., "Who Says Elephants Can't Run" (arXiv 2211.10017); for
 floating-point weights FP6-LLM (arXiv 2401.14112).
+
+MXFP4 and NVFP4 (block_formats.py) keep their scales of 8 bits, which the kernels read as they are:
+
+    MXFP4   a block is a group; its scale, of float32's range, goes to the group's sum
+    NVFP4   the lower codes of a group are one block, the upper ones another: a code times its scale
+            is exact in 16 bits, and the scale of the whole tensor goes to the output, as row_scale
+
+To scale NVFP4's codes in registers takes fewer instructions than to scale the sums of blocks of 16.
+In bfloat16, where a code has to be multiplied by a power of two anyhow, it costs none for a code:
+compiled for sm_90 a warp has 257, 176 and 170 of them in a step with 1, 32 and 64 tokens, instead
+of 397, 201 and 232.
 """
 
 from __future__ import annotations
@@ -28,12 +40,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import linear
+from . import linear, weight_only_hopper
 from .devices import is_hopper, multiprocessors
-from .formats import FORMATS
+from .formats import BLOCK_FORMATS, element_format
 from .library import define
 from .linear import Tiling, split_buffers, store_tile, tile_in_band
-from .packing import GroupedWeight, GroupLayout, dequantize_weight
+from .linear_hopper import HopperTiling
+from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight
+from .weight_values import num_parts, power_left, power_of_e4m3, read_scale, to_values
 
 
 def reference(
@@ -42,6 +56,7 @@ def reference(
     weight_scale: Tensor,
     zero_point: Tensor | None,
     high_bits: Tensor | None,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -51,10 +66,10 @@ def reference(
     """x (*, K), rounded to `dtype`; the weight as `packing.GroupedWeight`, bias (N,), residual
     (*, N) -> (*, N) in `dtype`.
 
-    format: "int", or the name of the weight's format in `formats.FORMATS`.
+    format: "int", or the name of the weight's format in `formats.FORMATS` or `BLOCK_FORMATS`.
     """
     layout = GroupLayout(x.shape[-1], 2 * weight.shape[2], 0)
-    packed = GroupedWeight(weight, weight_scale, zero_point, high_bits)
+    packed = GroupedWeight(weight, weight_scale, zero_point, high_bits, row_scale)
     dense = dequantize_weight(packed, layout, format)
     out = F.linear(x.to(dtype).float(), dense)
     if bias is not None:
@@ -69,6 +84,7 @@ def fake(
     weight_scale: Tensor,
     zero_point: Tensor | None,
     high_bits: Tensor | None,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -78,188 +94,19 @@ def fake(
     return x.new_empty(*x.shape[:-1], weight.shape[1], dtype=dtype)
 
 
-@triton.constexpr_function
-def _unpacking(dtype, pack):
-    """PTX that makes 16-bit floats of 4-bit codes, two bytes at a time.
-
-    The bytes are spread over the halves of a register. The mantissa of 128 in bfloat16, of 1024 in
-    float16, counts in ones: a code plus 8 in its last bits makes it 136 or 1032 plus the code. To
-    add the summand, -136 or -1032 less the zero point, is exact.
-
-    Results are the lower codes of `pack` bytes, then the upper ones; operands the bytes, a whole
-    register or half a one, then the summand.
-    """
-    words = pack // 2  # of a result
-    if dtype == tl.bfloat16:
-        kind, one, code_zero = "bf16x2", "0x3F803F80", "0x43084308"
-    else:
-        kind, one, code_zero = "f16x2", "0x3C003C00", "0x64086408"
-    packed, summand = 2 * words, 2 * words + 1
-    operand = f"${packed}" if words == 2 else f"{{${packed}, none}}"
-    lines = [".reg .b32 bytes, pair, one;", ".reg .b16 none;", "mov.b16 none, 0;"]
-    lines += [f"mov.b32 bytes, {operand};", f"mov.b32 one, {one};"]
-    for word, to_halves in enumerate(("0x4140", "0x4342")[:words]):
-        lines.append(f"prmt.b32 pair, bytes, 0, {to_halves};")
-        for result in (word, words + word):
-            lines.append(f"lop3.b32 ${result}, pair, 0x000F000F, {code_zero}, 0x6A;")  # (a & b) ^ c
-            lines.append(f"fma.rn.{kind} ${result}, ${result}, one, ${summand + word};")
-            if result == word:
-                lines.append("shr.u32 pair, pair, 4;")
-    return "{" + " ".join(lines) + "}"
-
-
-@triton.constexpr_function
-def _placing(dtype, pack, exponent_bits, mantissa_bits, part, scaled=True):
-    """PTX that makes 16-bit floats of floating-point codes, two bytes of `weight` at a time.
-
-    Each half of a register gets a byte of `weight` below its byte of `high_bits`, from where each
-    field of a code is shifted to its place. Float16 is left there, the value times 2^-gap; bfloat16
-    is multiplied by 2^gap, as sums of such small products would underflow, unless not `scaled`.
-
-    Results are the lower codes of `pack` bytes, then the upper ones; operands the bytes of `weight`
-    and then those of `high_bits`, each a whole register or half a one.
-    """
-    words = pack // 2  # of a result
-    is_bfloat16 = dtype == tl.bfloat16
-    width, magnitude_at = exponent_bits + mantissa_bits, (7 if is_bfloat16 else 10) - mantissa_bits
-    extra = width - 3  # bits of a code in high_bits
-    operands = [f"${2 * words}", f"${2 * words + 1}"]
-    if words == 1:
-        operands = [f"{{{operand}, none}}" for operand in operands]
-    lines = [".reg .b32 bytes, more, pair, field, unit, zero;", ".reg .b16 none;"]
-    lines += ["mov.b16 none, 0;"]
-    lines += [f"mov.b32 bytes, {operands[0]};", f"mov.b32 more, {operands[1]};"]
-    if is_bfloat16:
-        unit = 127 + 127 - ((1 << (exponent_bits - 1)) - 1) << 7  # 2^gap
-        lines += [f"mov.b32 unit, {unit << 16 | unit:#x};", "mov.b32 zero, 0x80008000;"]  # -0
-    if is_bfloat16 and (exponent_bits, mantissa_bits) == (2, 3):
-        lines.append(_looking_up(words, part))
-    else:
-        lines.append(_shifting(words, extra, width, magnitude_at, part))
-    if is_bfloat16 and scaled:
-        for result in range(2 * words):
-            lines.append(f"fma.rn.bf16x2 ${result}, ${result}, unit, zero;")
-    return "{" + " ".join(lines) + "}"
-
-
-@triton.constexpr_function
-def _looking_up(words, part):
-    """E2M3 in bfloat16: a byte of the last four bits, below one of sign and first exponent bit.
-
-    The latter is one of four, which `prmt` picks for four codes at once.
-    """
-    lines = [".reg .b32 lower, upper, signs, picked;"]
-    lines.append(f"shr.u32 signs, more, {2 * part};")
-    lines.append("and.b32 signs, signs, 0x33333333;")
-    lines += ["shl.b32 lower, bytes, 4;", "and.b32 lower, lower, 0xF0F0F0F0;"]
-    lines.append("and.b32 upper, bytes, 0xF0F0F0F0;")
-    for word in range(words):
-        beside_lower, beside_upper = ("0x6342", "0x7352") if word else ("0x6140", "0x7150")
-        if word:
-            lines.append("shr.u32 signs, signs, 16;")
-        lines.append("prmt.b32 picked, 0x81800100, 0, signs;")
-        lines.append(f"prmt.b32 ${word}, lower, picked, {beside_lower};")
-        lines.append(f"prmt.b32 ${words + word}, upper, picked, {beside_upper};")
-    return " ".join(lines)
-
-
-@triton.constexpr_function
-def _shifting(words, extra, width, magnitude_at, part):
-    """Any format: field by field."""
-    lines = []
-    for word, beside in enumerate(("0x5140", "0x7362")[:words]):
-        high = "0" if extra == 0 else "more"
-        lines.append(f"prmt.b32 pair, bytes, {high}, {beside};")
-        for upper in (0, 1):
-            result = f"${upper * words + word}"
-            high_at = 8 + extra * part + 4 * upper
-            # (from which bit, how many, to which bit)
-            fields = [(4 * upper, min(width, 4), magnitude_at)]
-            if extra > 1:
-                fields.append((high_at, extra - 1, magnitude_at + 4))
-            fields.append((high_at + extra - 1 if extra else 4 * upper + 3, 1, 15))
-            lines.append(f"mov.b32 {result}, 0;")
-            for start, bits, to in fields:
-                shift, by = ("shl.b32", to - start) if to > start else ("shr.u32", start - to)
-                lines.append(f"{shift} field, pair, {by};")
-                mask = ((1 << bits) - 1) << to
-                mask = f"{mask << 16 | mask:#x}"
-                lines.append(f"lop3.b32 {result}, field, {mask}, {result}, 0xEA;")  # (a & b) | c
-    return " ".join(lines)
-
-
-@triton.constexpr_function
-def placing_in_e4m3(exponent_bits, mantissa_bits, part):
-    """PTX that makes e4m3 of floating-point codes, four at a time, the value times 2^-gap.
-
-    As `_placing`, but every field stays in the byte that it comes from. Results are the lower codes
-    of four bytes and the upper ones; operands the bytes of `weight` and those of `high_bits`.
-    """
-    width = exponent_bits + mantissa_bits
-    extra = width - 3  # bits of a code in high_bits
-    lines = [".reg .b32 field;"]
-    for upper in (0, 1):
-        magnitude_at = 3 - mantissa_bits
-        high_at = extra * part + 4 * upper
-        # (of which operand, from which bit, how many, to which bit)
-        fields = [("$2", 4 * upper, min(width, 4), magnitude_at)]
-        if extra > 1:
-            fields.append(("$3", high_at, extra - 1, magnitude_at + 4))
-        sign = ("$3", high_at + extra - 1) if extra else ("$2", 4 * upper + 3)
-        fields.append((*sign, 1, 7))
-        lines.append(f"mov.b32 ${upper}, 0;")
-        for operand, start, bits, to in fields:
-            shift, by = ("shl.b32", to - start) if to > start else ("shr.u32", start - to)
-            lines.append(f"{shift} field, {operand}, {by};")
-            mask = (((1 << bits) - 1) << to) * 0x01010101
-            lines.append(f"lop3.b32 ${upper}, field, {mask:#x}, ${upper}, 0xEA;")  # (a & b) | c
-    return "{" + " ".join(lines) + "}"
-
-
-@triton.constexpr_function
-def _registers(pack):
-    return "=&r,=&r,=&r,=&r,r,r,r" if pack == 4 else "=&r,=&r,h,r"
-
-
-@triton.constexpr_function
-def _registers_of_planes(pack):
-    return "=&r,=&r,=&r,=&r,r,r" if pack == 4 else "=&r,=&r,h,h"
-
-
-@triton.constexpr_function
-def _num_parts(exponent_bits, mantissa_bits):
-    """How many bytes of `weight` share one of `high_bits`; 1 if there is none."""
-    extra = exponent_bits + mantissa_bits - 3
-    return 4 // extra if extra > 0 else 1
-
-
-@triton.constexpr_function
-def _power_of_gap(exponent_bits, dtype):
-    """2^gap: what a code's value is of the number that `to_values` makes of it in `dtype`."""
-    if exponent_bits == 0 or dtype not in (tl.float16, tl.float8e4nv):
-        return 1.0
-    bias = 15 if dtype == tl.float16 else 7
-    return 2.0 ** (bias - ((1 << (exponent_bits - 1)) - 1))
-
-
-@triton.constexpr_function
-def _twice(dtype):
-    return dtype, dtype
-
-
 @triton.jit
-def _place(codes, DTYPE: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr):
-    """int32 codes -> as `_placing` makes them, or `placing_in_e4m3`."""
-    WIDTH: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS
-    if DTYPE.is_fp8e4nv():
-        magnitude = (codes & ((1 << WIDTH) - 1)) << (3 - MANTISSA_BITS)
-        placed = ((codes >> WIDTH) << 7 | magnitude).to(tl.int8).to(DTYPE, bitcast=True)
+def _load_scales(weight_scale_ptr, first_row, weight_rows, n, live_n, SCALE: tl.constexpr):
+    """Of the lower and the upper codes of rows n of a group, which begins at `first_row`."""
+    if SCALE == "e4m3":
+        low = tl.load(weight_scale_ptr + 2 * first_row + n, mask=live_n, other=0)
+        high = tl.load(weight_scale_ptr + 2 * first_row + weight_rows + n, mask=live_n, other=0)
+    elif SCALE == "row":
+        low = tl.zeros(n.shape, dtype=tl.float32)
+        high = low
     else:
-        magnitude = (codes & ((1 << WIDTH) - 1)) << (10 - MANTISSA_BITS)
-        placed = ((codes >> WIDTH) << 15 | magnitude).to(tl.int16).to(tl.float16, bitcast=True)
-        if not DTYPE.is_fp16():
-            placed = (placed.to(tl.float32) * _power_of_gap(EXPONENT_BITS, tl.float16)).to(DTYPE)
-    return placed
+        low = tl.load(weight_scale_ptr + first_row + n, mask=live_n, other=0)
+        high = low
+    return low, high
 
 
 @triton.jit
@@ -269,68 +116,7 @@ def _e4m3_as_float16(x):
     return ((wide & 0x80) << 8 | (wide & 0x7F) << 7).to(tl.float16, bitcast=True)
 
 
-@triton.jit
-def to_values(
-    packed,
-    high_bits,
-    zero_point,
-    DTYPE: tl.constexpr,
-    PACK: tl.constexpr,
-    EXPONENT_BITS: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
-    PART: tl.constexpr,
-):
-    """Packed rows (N, J) -> what their lower and upper codes stand for before they are scaled.
-
-    The one place that knows the weight's format. packed, high_bits (N, J) uint8, zero_point (N,)
-    int8, each read only by formats that have it. Two tiles (N, J) of DTYPE, exact, but float16 or
-    e4m3 of a floating-point format is 2^-gap of it; nothing moves between threads. PACK: so many
-    bytes of a row lie side by side in a thread, 2 for Hopper's products of four warps in 16 bits
-    and 4 for all others; 0 for no PTX at all. EXPONENT_BITS: 0 for INT4. PART: which of the parts
-    it is.
-    """
-    packed = packed.to(tl.int8, bitcast=True)
-    high_bits = high_bits.to(tl.int8, bitcast=True)
-    zero_point = zero_point.to(tl.int32)[:, None]
-    if EXPONENT_BITS > 0:
-        if PACK > 0 and DTYPE.primitive_bitwidth == 16:
-            low, high = tl.inline_asm_elementwise(
-                _placing(DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, PART),
-                _registers_of_planes(PACK), [packed, high_bits],
-                dtype=_twice(DTYPE), is_pure=True, pack=PACK,
-            )  # fmt: skip
-        elif PACK > 0 and DTYPE.is_fp8e4nv():
-            low, high = tl.inline_asm_elementwise(
-                placing_in_e4m3(EXPONENT_BITS, MANTISSA_BITS, PART), "=&r,=&r,r,r",
-                [packed, high_bits], dtype=_twice(tl.int8), is_pure=True, pack=4,
-            )  # fmt: skip
-            low = low.to(DTYPE, bitcast=True)
-            high = high.to(DTYPE, bitcast=True)
-        else:
-            EXTRA: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS - 3
-            low_codes = packed.to(tl.int32) & 0xF
-            high_codes = (packed.to(tl.int32) >> 4) & 0xF
-            if EXTRA > 0:
-                MASK: tl.constexpr = (1 << EXTRA) - 1
-                extra = high_bits.to(tl.int32) >> (EXTRA * PART)
-                low_codes |= (extra & MASK) << 4
-                high_codes |= ((extra >> 4) & MASK) << 4
-            low = _place(low_codes, DTYPE, EXPONENT_BITS, MANTISSA_BITS)
-            high = _place(high_codes, DTYPE, EXPONENT_BITS, MANTISSA_BITS)
-    elif PACK > 0 and DTYPE.primitive_bitwidth == 16:
-        CODE_ZERO: tl.constexpr = 136 if DTYPE.is_bf16() else 1032
-        summand = (-CODE_ZERO - zero_point).to(tl.float32).to(DTYPE)
-        low, high = tl.inline_asm_elementwise(
-            _unpacking(DTYPE, PACK), _registers(PACK), [packed, summand],
-            dtype=_twice(DTYPE), is_pure=True, pack=PACK,
-        )  # fmt: skip
-    else:
-        low = (((packed << 4) >> 4).to(tl.int32) - zero_point).to(tl.float32).to(DTYPE)
-        high = ((packed >> 4).to(tl.int32) - zero_point).to(tl.float32).to(DTYPE)
-    return low, high
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def weight_only_kernel(
     x_ptr,
     x_scale_ptr,
@@ -338,6 +124,7 @@ def weight_only_kernel(
     weight_scale_ptr,
     zero_point_ptr,
     high_bits_ptr,
+    row_scale_ptr,
     bias_ptr,
     residual_ptr,
     out_ptr,
@@ -353,8 +140,9 @@ def weight_only_kernel(
     RAGGED: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
-    PER_ROW: tl.constexpr,
+    HAS_X_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -369,15 +157,18 @@ def weight_only_kernel(
     Programs along the grid's second axis split K, as in `linear_kernel`. A group begins
     `weight_rows` rows after the one before: N, or more where the weight is part of a larger one.
     RAGGED: the last group is not full, and what lies behind a token's last channel is another
-    token's. EXPONENT_BITS, MANTISSA_BITS: of the weight's format, or 0 for INT4.
+    token's. EXPONENT_BITS, MANTISSA_BITS: of the weight's format, or 0 for INT4. SCALE: as for
+    `read_scale`; with "e4m3" a group has two, and row_scale_ptr is read.
     """
-    PARTS: tl.constexpr = _num_parts(EXPONENT_BITS, MANTISSA_BITS)
+    PARTS: tl.constexpr = num_parts(EXPONENT_BITS, MANTISSA_BITS)
     HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
     PART_BYTES: tl.constexpr = HALF_GROUP // PARTS  # bytes of a row of a group
     STEPS: tl.constexpr = PART_BYTES // PART_STEP  # a group's
     OF_BYTES: tl.constexpr = x_ptr.dtype.element_ty == tl.uint8
     DTYPE: tl.constexpr = tl.float16 if OF_BYTES else x_ptr.dtype.element_ty
-    UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, DTYPE)
+    UNPLACED: tl.constexpr = power_left(EXPONENT_BITS, DTYPE) * (256.0 if OF_BYTES else 1.0)
+    IS_SCALED: tl.constexpr = SCALE == "e4m3"
+    IN_ROWS: tl.constexpr = IS_SCALED or SCALE == "row"  # one sum for all groups
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1) if IS_SPLIT else 1
@@ -398,24 +189,26 @@ def weight_only_kernel(
     first = split * num_groups // splits
     end = (split + 1) * num_groups // splits
     # Triton does not pipeline loads this small: they are fetched one step ahead
-    scale_at = tl.cast(0 if PER_ROW else first, tl.int64) * weight_rows + n
-    scale = tl.load(weight_scale_ptr + scale_at, mask=live_n, other=0.0)
+    scale_at = tl.cast(first, tl.int64) * weight_rows
+    low_scale, high_scale = _load_scales(weight_scale_ptr, scale_at, weight_rows, n, live_n, SCALE)
     zero_point = tl.zeros((BLOCK_N,), dtype=tl.int8)
     if HAS_ZERO_POINT:
-        zero_point = tl.load(zero_point_ptr + scale_at, mask=live_n, other=0)
+        zero_point = tl.load(zero_point_ptr + scale_at + n, mask=live_n, other=0)
     for step in range(first * STEPS, end * STEPS):
         group = step // STEPS
         byte = (step % STEPS) * PART_STEP
         following = tl.cast(tl.minimum((step + 1) // STEPS, num_groups - 1), tl.int64)
-        following = following * weight_rows + n
-        if not PER_ROW:
-            next_scale = tl.load(weight_scale_ptr + following, mask=live_n, other=0.0)
+        following = following * weight_rows
+        next_low_scale, next_high_scale = _load_scales(
+            weight_scale_ptr, following, weight_rows, n, live_n, SCALE
+        )
         if HAS_ZERO_POINT:
-            next_zero_point = tl.load(zero_point_ptr + following, mask=live_n, other=0)
+            next_zero_point = tl.load(zero_point_ptr + following + n, mask=live_n, other=0)
         first_row = tl.cast(group, tl.int64) * weight_rows
         if HAS_HIGH_BITS:
             high_bits = tl.load(high_bits_tile + first_row * PART_BYTES + byte)
-        sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        low_unit, high_unit = read_scale(low_scale, SCALE), read_scale(high_scale, SCALE)
+        sums = acc if IN_ROWS else tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for part in tl.static_range(PARTS):
             at = part * PART_BYTES + byte
             packed = tl.load(weight_tile + first_row * HALF_GROUP + at)
@@ -432,21 +225,23 @@ def weight_only_kernel(
                 x_low = _e4m3_as_float16(x_low)
                 x_high = _e4m3_as_float16(x_high)
             low, high = to_values(
-                packed, high_bits if HAS_HIGH_BITS else packed, zero_point,
-                DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part,
+                packed, high_bits if HAS_HIGH_BITS else packed, zero_point, low_unit, high_unit,
+                DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part, IS_SCALED,
             )  # fmt: skip
             sums = tl.dot(low, x_low, sums, input_precision="ieee")
             sums = tl.dot(high, x_high, sums, input_precision="ieee")
-        if PER_ROW:
-            acc += sums
-        else:
-            acc += sums * (scale.to(tl.float32) * UNPLACED)[:, None]
-            scale = next_scale
+        acc = sums if IN_ROWS else acc + sums * low_unit[:, None]
+        low_scale, high_scale = next_low_scale, next_high_scale
         if HAS_ZERO_POINT:
             zero_point = next_zero_point
-    if PER_ROW:
-        x_scale = tl.load(x_scale_ptr + m, mask=m < M, other=0.0)
-        acc = acc * (UNPLACED * (256.0 if OF_BYTES else 1.0)) * (scale[:, None] * x_scale[None, :])
+    acc *= UNPLACED
+    if IN_ROWS:
+        row_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
+        if IS_SCALED:
+            row_scale *= 1.0 / power_of_e4m3(DTYPE)
+        acc *= row_scale[:, None]
+    if HAS_X_SCALE:
+        acc *= tl.load(x_scale_ptr + m, mask=m < M, other=0.0)[None, :]
 
     store_tile(
         acc, m, n, M, N, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
@@ -460,6 +255,7 @@ def dequantize_kernel(
     weight_scale_ptr,
     zero_point_ptr,
     high_bits_ptr,
+    row_scale_ptr,
     out_ptr,
     N,
     K,
@@ -467,28 +263,35 @@ def dequantize_kernel(
     HALF_GROUP: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
     MANTISSA_BITS: tl.constexpr,
+    SCALE: tl.constexpr,
     HAS_ZERO_POINT: tl.constexpr,
-    PER_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PACK: tl.constexpr,
 ):
     """One group of BLOCK_N rows of the weight (N, K).
 
-    PER_ROW: weight_scale is (N,). In e4m3 `out` is not scaled: it has the codes as they are placed.
+    In e4m3 `out` is not scaled: it has the codes as they are placed.
     """
-    PARTS: tl.constexpr = _num_parts(EXPONENT_BITS, MANTISSA_BITS)
+    PARTS: tl.constexpr = num_parts(EXPONENT_BITS, MANTISSA_BITS)
     HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
     PART_BYTES: tl.constexpr = HALF_GROUP // PARTS
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    UNPLACED: tl.constexpr = _power_of_gap(EXPONENT_BITS, DTYPE)
+    UNPLACED: tl.constexpr = power_left(EXPONENT_BITS, DTYPE)
     group = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     live_n = n < N
-    at = tl.cast(group, tl.int64) * weight_rows + n
+    first_row = tl.cast(group, tl.int64) * weight_rows
+    at = first_row + n
     lane = tl.arange(0, PART_BYTES)
     live = live_n[:, None]
-    scale = tl.load(weight_scale_ptr + (n if PER_ROW else at), mask=live_n, other=0.0)
-    scale = (scale.to(tl.float32) * UNPLACED)[:, None]
+    low_scale, high_scale = _load_scales(weight_scale_ptr, first_row, weight_rows, n, live_n, SCALE)
+    low_scale, high_scale = read_scale(low_scale, SCALE), read_scale(high_scale, SCALE)
+    if SCALE == "row":
+        low_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
+        high_scale = low_scale
+    if SCALE == "e4m3":
+        row_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
+        low_scale, high_scale = low_scale * row_scale, high_scale * row_scale
     zero_point = tl.zeros((BLOCK_N,), dtype=tl.int8)
     if HAS_ZERO_POINT:
         zero_point = tl.load(zero_point_ptr + at, mask=live_n, other=0)
@@ -498,43 +301,72 @@ def dequantize_kernel(
         byte = part * PART_BYTES + lane
         packed = tl.load(weight_ptr + at[:, None] * HALF_GROUP + byte, mask=live, other=0)
         low, high = to_values(
-            packed, high_bits if HAS_HIGH_BITS else packed, zero_point,
-            DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part,
+            packed, high_bits if HAS_HIGH_BITS else packed, zero_point, low_scale, high_scale,
+            DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part, False,
         )  # fmt: skip
+        if not DTYPE.is_fp8e4nv():
+            low = (low.to(tl.float32) * UNPLACED * low_scale[:, None]).to(DTYPE)
+            high = (high.to(tl.float32) * UNPLACED * high_scale[:, None]).to(DTYPE)
         channel = group * 2 * HALF_GROUP + byte[None, :]
         out = out_ptr + n.to(tl.int64)[:, None] * K + channel
-        if not DTYPE.is_fp8e4nv():
-            low = (low.to(tl.float32) * scale).to(DTYPE)
-            high = (high.to(tl.float32) * scale).to(DTYPE)
         tl.store(out, low, mask=live & (channel < K))
         tl.store(out + HALF_GROUP, high, mask=live & (channel + HALF_GROUP < K))
 
 
 PATH = "triton 16-bit"
 DEQUANTIZE = "dequantize, cuBLAS"
-_MOST_TOKENS = 256  # for more the weight is dequantized; an estimate, not yet measured
+_FEW_TOKENS = 16  # whose tiles are so small that their shared-out sums cost more than they save
+_MOST_TOKENS = 256  # for more the weight is dequantized, on a GPU that nobody measured
 _MOST_CHANNELS = 128  # a step's
 _LEAST_DEPTH = 16  # of a product of tiles
+# of an H100, a microsecond
+_BYTES = 2.3e6
+_PRODUCTS = {"int": 180e6, "other": 140e6}  # of weight_only_kernel
+_DENSE_PRODUCTS = 370e6
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_tiling(
     M: int,
     N: int,
-    num_groups: int,
+    layout: GroupLayout,
     dtype: torch.dtype,
     device: torch.device,
     format: str = "int",
-) -> Tiling | None:
-    """How `weight_only_kernel` cuts the product; None where dequantizing should be faster."""
-    if M > _MOST_TOKENS:
-        return None
+) -> Tiling | HopperTiling | None:
+    """How the product is cut, and by that which kernel's; None where dequantizing is faster."""
+    tiling = packed_tiling(M, N, layout.num_groups, dtype, device, format)
+    if not is_hopper(device):
+        return tiling if M <= _MOST_TOKENS else None
+    # by simple models of what each takes, with what was measured on an H100
+    kind, K = "int" if format == "int" else "other", layout.width
+    weight_us = N * (K / _BYTES) * (_width(format) / 8)
+    packed_us = 7 + max(weight_us, M * N * (K / _PRODUCTS[kind]))
+    dense_us = 5 + weight_us + N * K * 2 / _BYTES + M * N * (K / _DENSE_PRODUCTS)
+    choices: list[tuple[float, Tiling | HopperTiling | None]] = [
+        (packed_us, tiling),
+        (dense_us, None),
+    ]
+    if M > _FEW_TOKENS and weight_only_hopper.fits(N, layout, dtype, format):
+        choices.append(
+            weight_only_hopper.best_tiling(
+                M, N, layout.num_groups, dtype, kind, multiprocessors(device)
+            )
+        )
+    return min(choices, key=lambda choice: choice[0])[1]
+
+
+def packed_tiling(
+    M: int, N: int, num_groups: int, dtype: torch.dtype, device: torch.device, format: str
+) -> Tiling:
+    """How `weight_only_kernel` cuts the product."""
     tiling = linear.default_tiling(M, N, num_groups, multiprocessors(device))
     # two warps multiply by mma.sync, on Hopper too, which takes its weights by whole words: a third
     # fewer instructions than with wgmma at 8 tokens, as many at 32, a third more at 64
     few = tiling.block_m <= 16
-    # but tiles as narrow as a quarter of a group Triton then unpacks in other threads
-    two_warps = few and _num_parts(*_bits(format)) < 4
+    # but tiles as narrow as a quarter of a group Triton then unpacks in other threads; so it does
+    # with a group of MXFP4: 344 instructions for each of two warps, 138 for each of four
+    two_warps = few and num_parts(*_bits(format)) < 4 and format != "mxfp4"
     # what the shared memory of every GPU since sm_80 holds
     block_m = min(tiling.block_m, 128 if dtype.itemsize == 2 else 32)
     stages = 4 if few else 3 if block_m <= 64 else 2
@@ -548,23 +380,45 @@ def _pack(device: torch.device, tiling: Tiling) -> int:
     return 2 if is_hopper(device) and tiling.num_warps >= 4 and tiling.block_n >= 64 else 4
 
 
-def describe(M: int, N: int, layout: GroupLayout, dtype: torch.dtype, device: torch.device) -> str:
+def describe(
+    M: int,
+    N: int,
+    layout: GroupLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+    format: str = "int",
+) -> str:
     """The path that a product of these sizes takes."""
     if device.type != "cuda":
         return "reference"
-    return PATH if choose_tiling(M, N, layout.num_groups, dtype, device) else DEQUANTIZE
+    tiling = choose_tiling(M, N, layout, dtype, device, format)
+    if isinstance(tiling, HopperTiling):
+        return weight_only_hopper.PATH
+    return PATH if tiling else DEQUANTIZE
 
 
 def least_group_size(format: str) -> int:
     """What the kernel can multiply by: a group's part is at least as deep as a product of tiles."""
-    return 2 * _LEAST_DEPTH * int(_num_parts(*_bits(format)))
+    return 2 * _LEAST_DEPTH * int(num_parts(*_bits(format)))
 
 
 def _bits(format: str) -> tuple[int, int]:
     """Of exponent and mantissa, as the kernels take them."""
     if format == "int":
         return 0, 0
-    return FORMATS[format].exponent_bits, FORMATS[format].mantissa_bits
+    element = element_format(format)
+    return element.exponent_bits, element.mantissa_bits
+
+
+def _width(format: str) -> int:
+    return 4 if format == "int" else element_format(format).bits
+
+
+def _scale_of(format: str) -> str:
+    """As `read_scale` takes it."""
+    if format not in BLOCK_FORMATS:
+        return "16 bits"
+    return "e4m3" if BLOCK_FORMATS[format].tensor_scale else "e8m0"
 
 
 def launch(
@@ -573,6 +427,7 @@ def launch(
     weight_scale: Tensor,
     zero_point: Tensor | None,
     high_bits: Tensor | None,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
@@ -581,15 +436,45 @@ def launch(
 ) -> Tensor:
     """The arguments of `reference`, on a GPU."""
     x = x.to(dtype)
-    num_groups, N, _ = weight.shape
+    num_groups, N, half_group = weight.shape
     M = x.numel() // x.shape[-1]
     if M == 0:
         return x.new_empty(*x.shape[:-1], N)
-    tiling = choose_tiling(M, N, num_groups, dtype, x.device, format)
-    arguments = (x, weight, weight_scale, zero_point, high_bits, bias, residual)
+    layout = GroupLayout(x.shape[-1], 2 * half_group, 0)
+    tiling = choose_tiling(M, N, layout, dtype, x.device, format)
+    if isinstance(tiling, HopperTiling):
+        planes = weight, weight_scale, zero_point, high_bits
+        if weight_only_hopper.is_aligned(*planes):
+            return multiply_on_hopper(x, *planes, bias, residual, tiling, format=format)
+        tiling = packed_tiling(M, N, num_groups, dtype, x.device, format)
+    arguments = (x, weight, weight_scale, zero_point, high_bits, row_scale, bias, residual)
     if tiling is None:
         return multiply_dense(*arguments, format=format)
     return multiply_packed(*arguments, tiling, format=format)
+
+
+def multiply_on_hopper(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zero_point: Tensor | None,
+    high_bits: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    tiling: HopperTiling,
+    *,
+    format: str = "int",
+) -> Tensor:
+    """`launch` by Hopper's own kernel, in x's dtype, for sizes that it fits."""
+    out = x.new_empty(*x.shape[:-1], weight.shape[1])
+    if residual is not None:
+        residual = residual.expand(out.shape).contiguous()
+    planes = weight, weight_scale, zero_point, high_bits
+    processors = multiprocessors(x.device)
+    weight_only_hopper.launch(
+        x.contiguous(), *planes, bias, residual, out, tiling, _bits(format), processors
+    )
+    return out
 
 
 def multiply_packed(
@@ -598,6 +483,7 @@ def multiply_packed(
     weight_scale: Tensor,
     zero_point: Tensor | None,
     high_bits: Tensor | None,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     tiling: Tiling,
@@ -608,7 +494,7 @@ def multiply_packed(
 ) -> Tensor:
     """`launch` by one kernel, in x's dtype, for at least one token.
 
-    x_scale, dtype: of `float8_linear`, whose x is e4m3 or its bytes, and weight_scale (N,).
+    x_scale, dtype: of `float8_linear`, whose x is e4m3 or its bytes; weight_scale is not read then.
     """
     num_groups, N, half_group = weight.shape
     K = x.shape[-1]
@@ -618,7 +504,7 @@ def multiply_packed(
         residual = residual.expand(out.shape).contiguous()
     tiles, partial, arrivals = split_buffers(out, tiling)
     exponent_bits, mantissa_bits = _bits(format)
-    parts = _num_parts(exponent_bits, mantissa_bits)
+    parts = num_parts(exponent_bits, mantissa_bits)
     weight_only_kernel[(tiles, tiling.split_k)](
         x,
         out if x_scale is None else x_scale.contiguous(),
@@ -626,6 +512,7 @@ def multiply_packed(
         weight_scale,
         out if zero_point is None else zero_point,
         out if high_bits is None else high_bits,
+        out if row_scale is None else row_scale,
         out if bias is None else bias,
         out if residual is None else residual,
         out,
@@ -641,8 +528,9 @@ def multiply_packed(
         RAGGED=K % (2 * half_group) != 0,
         EXPONENT_BITS=exponent_bits,
         MANTISSA_BITS=mantissa_bits,
+        SCALE=_scale_of(format) if x_scale is None else "row",
         HAS_ZERO_POINT=zero_point is not None,
-        PER_ROW=x_scale is not None,
+        HAS_X_SCALE=x_scale is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         BLOCK_M=tiling.block_m,
@@ -662,25 +550,28 @@ def multiply_dense(
     weight_scale: Tensor,
     zero_point: Tensor | None,
     high_bits: Tensor | None,
+    row_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     *,
     format: str = "int",
 ) -> Tensor:
     """`launch` by way of the whole weight in x's dtype, for as long as the call takes."""
-    packed = GroupedWeight(weight, weight_scale, zero_point, high_bits)
+    packed = GroupedWeight(weight, weight_scale, zero_point, high_bits, row_scale)
     dense = dequantize(packed, x.shape[-1], x.dtype, format)
     out = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
     return out if residual is None else out + residual
 
 
-def dequantize(packed: GroupedWeight, K: int, dtype: torch.dtype, format: str) -> Tensor:
-    """The weight (N, K) in `dtype`, on a GPU.
-
-    In e4m3 its codes as they are placed, not scaled: 2^-gap of their values. weight_scale may be
-    (N,), one for a row.
-    """
-    weight, weight_scale, zero_point, high_bits = packed
+def dequantize(
+    packed: GroupedWeight | RowWeight, K: int, dtype: torch.dtype, format: str
+) -> Tensor:
+    """The weight (N, K) in `dtype`, on a GPU; in e4m3 its codes as they are placed, not scaled:
+    2^-gap of their values."""
+    in_rows = isinstance(packed, RowWeight)
+    if isinstance(packed, RowWeight):
+        packed = GroupedWeight(packed.weight, packed.weight, None, *packed[1:])
+    weight, weight_scale, zero_point, high_bits, row_scale = packed
     num_groups, N, half_group = weight.shape
     dense = weight.new_empty(N, K, dtype=dtype)
     exponent_bits, mantissa_bits = _bits(format)
@@ -690,6 +581,7 @@ def dequantize(packed: GroupedWeight, K: int, dtype: torch.dtype, format: str) -
         weight_scale,
         weight if zero_point is None else zero_point,
         weight if high_bits is None else high_bits,
+        weight if row_scale is None else row_scale,
         dense,
         N,
         K,
@@ -697,8 +589,8 @@ def dequantize(packed: GroupedWeight, K: int, dtype: torch.dtype, format: str) -
         HALF_GROUP=half_group,
         EXPONENT_BITS=exponent_bits,
         MANTISSA_BITS=mantissa_bits,
+        SCALE="row" if in_rows else _scale_of(format),
         HAS_ZERO_POINT=zero_point is not None,
-        PER_ROW=weight_scale.dim() == 1,
         BLOCK_N=block_n,
         PACK=4 if weight.is_cuda else 0,
     )
@@ -707,7 +599,7 @@ def dequantize(packed: GroupedWeight, K: int, dtype: torch.dtype, format: str) -
 
 weight_only_linear = define(
     "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? zero_point, "
-    "Tensor? high_bits, Tensor? bias, Tensor? residual, ScalarType dtype, *, "
+    "Tensor? high_bits, Tensor? row_scale, Tensor? bias, Tensor? residual, ScalarType dtype, *, "
     'str format="int") -> Tensor',
     reference,
     fake,

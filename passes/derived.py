@@ -30,6 +30,7 @@ from ..kernels.packing import (
     pack_rows,
     pack_two_level,
     pack_weight,
+    row_scales,
     select_rows,
 )
 from ..kernels.two_level_linear import two_level_linear
@@ -287,14 +288,20 @@ class PackedLinear:
     def _round(self, weight: Tensor, tensors: Mapping[Node, Tensor]) -> AnyWeight:
         transform = self.transform.known(tensors)
         at_once = max(1, _MOST_AT_ONCE // weight.shape[1])
+        row_scale = row_scales([weight], self.format)
         return concatenate_rows(
-            [self._round_rows(transform.apply(rows)) for rows in weight.split(at_once)]
+            [
+                self._round_rows(
+                    transform.apply(rows), None if row_scale is None else row_scale[: len(rows)]
+                )
+                for rows in weight.split(at_once)
+            ]
         )
 
-    def _round_rows(self, columns: Tensor) -> AnyWeight:
+    def _round_rows(self, columns: Tensor, row_scale: Tensor | None) -> AnyWeight:
         if self.weight_only:
             numbers = self.bits, self.clip, self.symmetric, self.format
-            return pack_grouped(columns, self.layout, *numbers)
+            return pack_grouped(columns, self.layout, *numbers, row_scale)
         if self.scales_rows:
             return pack_rows(columns, self.layout, self.format)
         if self.layout.per_token:

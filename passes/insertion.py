@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from ..kernels.formats import BLOCK_FORMATS
 from ..kernels.packing import GroupLayout, RowWeight, high_bytes
 from ..kernels.quantize import quantize
 from ..kernels.quantize_e4m3 import quantize_e4m3
@@ -140,10 +141,16 @@ def weight_placeholders(graph: Graph, packed: PackedLinear) -> list[Node | None]
             fakes["row_scale"] = empty(N, dtype=torch.float32)
         else:
             fakes["weight_scale"] = empty(G, N, dtype=torch.bfloat16)
+        block = BLOCK_FORMATS.get(packed.format)
+        if block is not None:
+            blocks = G * layout.group_size // block.size
+            fakes["weight_scale"] = empty(blocks, N, dtype=torch.uint8)
         if packed.weight_only:
             has_zero_point = not packed.symmetric
             fakes["zero_point"] = empty(G, N, dtype=torch.int8) if has_zero_point else None
             fakes["high_bits"] = high_bits
+            has_row_scale = block is not None and block.tensor_scale
+            fakes["row_scale"] = empty(N, dtype=torch.float32) if has_row_scale else None
         elif packed.kind is not RowWeight:
             fakes["outlier_weight"] = empty(N, layout.outlier_channels, dtype=torch.int8)
             fakes["outlier_scale"] = empty(N, dtype=torch.float32)

@@ -78,7 +78,8 @@ def test_bytes_are_those_of_the_packed_weight() -> None:
     weight, scheme = torch.randn(N, K), Scheme()
     packed = pack_weight(weight, scheme.layout(K), 4, 0.85)
     assert layer._packed_bytes(N, K, scheme) == sum(tensor.nbytes for tensor in packed)
-    for scheme in (Scheme.preset("w4a16"), Scheme.preset("w6a16"), WEIGHT_ONLY):
+    presets = [Scheme.preset(name) for name in ("w4a16", "w6a16", "mxfp4", "nvfp4")]
+    for scheme in (*presets, WEIGHT_ONLY):
         numbers = scheme.symmetric, scheme.weight_format
         grouped = pack_grouped(weight, scheme.layout(K), 4, 1.0, *numbers)
         tensors = [one for one in grouped if one is not None]
@@ -102,7 +103,7 @@ def test_linears_in_float8() -> None:
         bench.run(TINY, scheme="w6a8", device="cpu", level="operators", only=["norm"])
 
 
-@pytest.mark.parametrize("scheme", [WEIGHT_ONLY, "w5a16"])
+@pytest.mark.parametrize("scheme", [WEIGHT_ONLY, "w5a16", "nvfp4"])
 def test_weight_only_linears_have_no_unfused_variant(scheme: Scheme | str) -> None:
     result = bench.run(
         TINY, tokens=[1, 5], scheme=scheme, device="cpu", level="operators", quick=True

@@ -22,7 +22,7 @@ def test_every_operator_has_a_row(tmp_path: Path) -> None:
     assert all(row["operator_us"] > 0 and row["launcher_us"] is None for row in rows)
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w6a16"])
+@pytest.mark.parametrize("scheme", ["w4a16", "w6a16", "nvfp4"])
 def test_weight_only_linears_quantize_nothing(scheme: str, tmp_path: Path) -> None:
     arguments = ["bench", "--level", "overhead", "--device", "cpu", "--quick", "--json"]
     result = CliRunner().invoke(app, [*arguments, "--scheme", scheme, "--out", str(tmp_path)])

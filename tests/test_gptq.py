@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atom_compile.gptq import fit_weight, round_float_weight, round_weight
-from atom_compile.kernels.formats import E2M1, E2M2, E2M3, E3M2, FORMATS, FloatFormat
+from atom_compile.kernels.formats import (
+    BLOCK_FORMATS,
+    E2M1,
+    E2M2,
+    E2M3,
+    E3M2,
+    FORMATS,
+    FloatFormat,
+)
 from atom_compile.kernels.packing import (
     GroupLayout,
     dequantize_float_weight,
@@ -17,6 +27,7 @@ from atom_compile.kernels.packing import (
     pack_float_weight,
     pack_grouped,
     pack_weight,
+    row_scales,
 )
 
 
@@ -101,6 +112,38 @@ def test_weights_alone_have_no_outliers(format: str) -> None:
     want, _ = round_float_weight(weight, hessian, layout, FORMATS[format])
     got = dequantize_weight(packed, layout, format)
     assert torch.equal(got, dequantize_float_weight(want, layout, FORMATS[format]))
+
+
+@pytest.mark.parametrize("width", [344, 335, 20])
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
+def test_output_error_of_blocks_is_smaller_than_of_rounding_to_nearest(
+    format: str, width: int
+) -> None:
+    layout = GroupLayout(width, 32, 0)
+    weight, x = torch.randn(24, width), correlated(1024, width)
+    row_scale = row_scales([weight[:8], weight[8:]], format)
+    named: dict[str, Any] = {"format": format, "row_scale": row_scale}
+    packed, note = round_weight(weight, x.t() @ x / len(x), layout, 4, weight_only=True, **named)
+    nearest = pack_grouped(weight, layout, 4, 1.0, **named)
+    for one, other in zip(packed, nearest, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or one.shape == other.shape
+    got, plain = (dequantize_weight(one, layout, format) for one in (packed, nearest))
+    assert output_error(weight, got, x) < 0.8 * output_error(weight, plain, x)
+    assert note is None
+
+
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
+def test_without_correlations_codes_of_blocks_are_the_nearest(format: str) -> None:
+    """They belong to the scales that are stored, each rounded before its codes."""
+    layout = GroupLayout(344, 32, 0)
+    weight = torch.randn(8, 344)
+    packed, _ = round_weight(weight, torch.eye(344), layout, 4, weight_only=True, format=format)
+    for got, want in zip(packed, pack_grouped(weight, layout, 4, 1.0, format=format), strict=True):
+        if got is None or want is None:
+            assert got is want
+        else:
+            assert torch.equal(got, want)
 
 
 def test_codes_belong_to_the_scales_that_are_stored() -> None:

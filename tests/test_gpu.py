@@ -27,7 +27,7 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16", "w6a16", "w6a8"])
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16", "w6a16", "w6a8", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("make", [tiny_llama, HandWritten])
 @pytest.mark.parametrize("length", [1, 12, 100])
 @torch.no_grad()

@@ -28,6 +28,7 @@ from .capturing import reference_output, token_batch
 from .models import HandWritten, tiny_llama
 
 SCHEMES = ["w4a4", "w4ax", "w4a8", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16", "w6a8"]
+SCHEMES += ["nvfp4"]
 
 
 def hand_written(**options: Any) -> HandWritten:

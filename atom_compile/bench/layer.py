@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import atom
-from ..kernels.packing import high_bytes
+from ..kernels.packing import high_bytes, pack_grouped
 from ..scheme import Scheme
 from .cases import INT4, Case, Draw, Setting
 from .shapes import Shape, llama_config
@@ -120,9 +120,10 @@ def _packed_bytes(N: int, K: int, scheme: Scheme) -> int:
     if scheme.activation_format == "e4m3":
         codes = layout.group_size // 2 + high_bytes(layout.group_size, scheme.weight_format)
         return N * (layout.num_groups * codes + 4)
-    if scheme.activation_bits == 16:  # a scale of 16 bits, and a zero point of 8 if there is one
-        codes = layout.group_size // 2 + high_bytes(layout.group_size, scheme.weight_format)
-        return N * layout.num_groups * (codes + (2 if scheme.symmetric else 3))
+    if scheme.activation_bits == 16:
+        row = torch.empty(1, K, device="meta")
+        numbers = scheme.weight_bits, scheme.weight_clip, scheme.symmetric, scheme.weight_format
+        return N * sum(one.nbytes for one in pack_grouped(row, layout, *numbers) if one is not None)
     # bfloat16; in two levels INT8, and float32 for the row
     group_scale, row_scale = (1, 4) if layout.per_token else (2, 0)
     grouped = layout.num_groups * (layout.group_size // 2 + group_scale)

@@ -159,7 +159,9 @@ def _weight_only_case(
             ),
             reference=reference,
             flops=2 * M * N * K,
-            path=weight_only_linear.describe(M, N, layout, dtype, setting.device),
+            path=weight_only_linear.describe(
+                M, N, layout, dtype, setting.device, setting.scheme.weight_format
+            ),
         )
     ]
 

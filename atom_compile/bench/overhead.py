@@ -161,20 +161,20 @@ def _calls(setting: Setting) -> list[_Call]:
     if scheme.activation_format == "e4m3":
         format = scheme.weight_format
         rows = pack_rows(weight, layout, format)
-        arguments = *quantize_e4m3.reference(x), *rows, None, None, dtype
+        product = *quantize_e4m3.reference(x), *rows, None, None, dtype
         ours = functools.partial(float8_linear.float8_linear, format=format)
         launcher = functools.partial(float8_linear.launch, format=format)
         return [
-            _Call("float8_linear", ours, launcher, arguments),
+            _Call("float8_linear", ours, launcher, product),
             _Call("quantize_e4m3", quantize_e4m3.quantize_e4m3, None, (x,)),
             *others,
         ]
     packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
-    product = *quantize.reference(x, *numbers), *packed, None, None, dtype
+    operands = *quantize.reference(x, *numbers), *packed, None, None, dtype
     norm = draw.norm_weight(K), None, draw.order(K), 1e-5, False, True, dtype
     gated = gated_quantize.gated_quantize, gated_quantize.launch
     return [
-        _Call("linear", linear.linear, linear.launch, product),
+        _Call("linear", linear.linear, linear.launch, operands),
         _Call(
             "norm_quantize", norm_quantize.norm_quantize, norm_quantize.launch, (x, *norm, *numbers)
         ),

@@ -167,6 +167,10 @@ def main(capability: int) -> None:
         for format in formats.FORMATS:
             for dtype in (torch.bfloat16, torch.float16):
                 compile_weight_only(dtype, group_size=128, symmetric=True, K=K, format=format)
+        for format in formats.BLOCK_FORMATS:
+            for dtype in (torch.bfloat16, torch.float16):
+                compile_weight_only(dtype, group_size=32, symmetric=True, K=K, format=format)
+        compile_weight_only(torch.float32, group_size=32, symmetric=True, K=1000, format="nvfp4")
         compile_weight_only(torch.bfloat16, group_size=512, symmetric=True, K=1000, format="e3m2")
         compile_weight_only(torch.float32, group_size=128, symmetric=True, K=K, format="e2m3")
         patch.setattr(float8_linear, "multiprocessors", lambda device: 132)

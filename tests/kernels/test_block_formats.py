@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,15 +16,16 @@ from atom_compile.kernels.block_formats import (
     pack_mxfp4,
     pack_nvfp4,
     to_e4m3,
-    to_float_weight,
+    to_grouped_weight,
     unpack_blocks,
 )
 from atom_compile.kernels.formats import E2M1
-from atom_compile.kernels.packing import GroupLayout, dequantize_float_weight
+from atom_compile.kernels.packing import GroupLayout, dequantize_weight, pack_grouped
 
 from .cases import few_examples, seeds
 
 PACKS = {32: pack_mxfp4, 16: pack_nvfp4}
+NAMES = {32: "mxfp4", 16: "nvfp4"}
 SCALES = {32: torch.float8_e8m0fnu, 16: torch.float8_e4m3fn}
 every_block = pytest.mark.parametrize("block", PACKS)
 
@@ -98,11 +100,33 @@ def test_blocks_of_mxfp4_far_below_the_largest_are_off_by_little() -> None:
 
 
 @every_block
-def test_a_float_weight_of_blocks_is_exact(block: int) -> None:
-    packed = every_scale(block)
-    layout = GroupLayout(block, block, 0)
-    got = dequantize_float_weight(to_float_weight(packed), layout, E2M1)
-    assert equal(got, by_the_table(packed))
+def test_a_grouped_weight_of_blocks_is_exact(block: int) -> None:
+    packed = every_scale(block, tensor_scale=1.0 if block == 32 else 0.37)
+    grouped = to_grouped_weight(packed)
+    stored = packed.block_scale.view(torch.uint8)[:, 0]
+    if block == 16:  # two of them are packed together; there are no negative ones
+        assert not grouped.weight_scale[1].any()
+        stored = torch.where(stored == 255, 127, stored)
+    assert torch.equal(grouped.weight_scale[0], stored)
+    got = dequantize_weight(grouped, GroupLayout(block, 32, 0), NAMES[block])
+    assert equal(got, dequantize_blocks(packed))
+
+
+@every_block
+@few_examples
+@given(st.integers(1, 5), st.integers(1, 100), st.sampled_from([1e-10, 1.0, 1e10]), seeds)
+def test_searched_scales_lose_less(
+    block: int, rows: int, width: int, size: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight = torch.randn(rows, width) * size
+    layout = GroupLayout(width, 32, 0)
+    packed = pack_grouped(weight, layout, 4, 1.0, format=NAMES[block])
+    got = dequantize_weight(packed, layout, NAMES[block])
+    padded = F.pad(weight, (0, -width % block))
+    plain = dequantize_blocks(PACKS[block](padded))[:, :width]
+    assert got.shape == weight.shape
+    assert (got - weight).norm() <= (plain - weight).norm() * 1.001
 
 
 @every_block

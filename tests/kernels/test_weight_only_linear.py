@@ -1,23 +1,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from atom_compile.kernels import weight_only_hopper
 from atom_compile.kernels import weight_only_linear as operator
-from atom_compile.kernels.formats import FORMATS
+from atom_compile.kernels.formats import BLOCK_FORMATS, E2M1, FORMATS
 from atom_compile.kernels.linear import Tiling
 from atom_compile.kernels.packing import (
+    BLOCKS_GROUP,
     GroupedWeight,
     GroupLayout,
+    block_codes,
     dequantize_weight,
     grouped_codes,
+    narrow_rows,
     pack_float_codes,
     pack_grouped,
     without_outliers,
@@ -32,7 +37,7 @@ layouts = st.builds(
     st.sampled_from([32, 64, 128, 256]),
     st.just(0),
 )
-formats = st.sampled_from(["int", *FORMATS])
+formats = st.sampled_from(["int", *FORMATS, *BLOCK_FORMATS])
 
 
 class Arguments(NamedTuple):
@@ -43,6 +48,7 @@ class Arguments(NamedTuple):
     weight_scale: Tensor
     zero_point: Tensor | None
     high_bits: Tensor | None
+    row_scale: Tensor | None
     bias: Tensor | None
     residual: Tensor | None
 
@@ -69,9 +75,11 @@ def arguments(
     device = device or torch.device("cpu")
     dense = torch.randn(N, layout.width, device=device)
     weight = pack_grouped(dense, layout, 4, 0.9, symmetric, format)
+    if format not in BLOCK_FORMATS:
+        weight = weight._replace(weight_scale=weight.weight_scale.to(scale_dtype))
     return Arguments(
         torch.randn(*shape, layout.width, device=device).to(dtype),
-        *weight._replace(weight_scale=weight.weight_scale.to(scale_dtype)),
+        *weight,
         torch.randn(N, dtype=dtype, device=device) if extras else None,
         torch.randn(*shape, N, dtype=dtype, device=device) if extras else None,
     )
@@ -86,6 +94,13 @@ def assert_alike(got: Tensor, want: Tensor, rounding: float = 0.0) -> None:
     largest = float(want.float().abs().max())
     tolerance = max(eps, rounding) * largest
     torch.testing.assert_close(got.cpu().float(), want.float(), rtol=2 * eps, atol=tolerance)
+
+
+def fitting(layout: GroupLayout, format: str) -> GroupLayout:
+    """With groups that the kernels can multiply by."""
+    least = operator.least_group_size(format)
+    size = BLOCKS_GROUP if format in BLOCK_FORMATS else max(layout.group_size, least)
+    return replace(layout, group_size=size)
 
 
 def reference(args: Arguments, format: str = "int") -> Tensor:
@@ -115,7 +130,7 @@ def test_kernel_agrees_with_the_reference(
     scale_dtype: torch.dtype,
     seed: int,
 ) -> None:
-    assume(layout.group_size >= operator.least_group_size(format))
+    layout = fitting(layout, format)
     torch.manual_seed(seed)
     named: dict[str, Any] = {"extras": extras, "scale_dtype": scale_dtype, "format": format}
     args = arguments((2, tokens), N, layout, dtype, symmetric=symmetric, **named)
@@ -130,10 +145,11 @@ def test_many_tokens_read_the_weight_in_their_own_dtype(
     N: int, layout: GroupLayout, dtype: torch.dtype, format: str, symmetric: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
+    layout = fitting(layout, format)
     args = arguments((3,), N, layout, dtype, symmetric=symmetric, extras=True, format=format)
     with poisoned_memory():
         got = MULTIPLY_DENSE(*args.to(kernel_device()), format=format)
-    dense = dequantize_weight(GroupedWeight(*args[1:5]), layout, format).to(dtype)
+    dense = dequantize_weight(GroupedWeight(*args[1:6]), layout, format).to(dtype)
     assert args.bias is not None and args.residual is not None
     want = F.linear(args.x.float(), dense.float(), args.bias.float()).to(dtype) + args.residual
     assert_alike(got, want)
@@ -143,7 +159,10 @@ def test_many_tokens_read_the_weight_in_their_own_dtype(
 @pytest.mark.parametrize("tiling", [Tiling(64, 16, 2), Tiling(32, 32, 3), Tiling(128, 64, 1)])
 @pytest.mark.parametrize(
     ("format", "group_size"),
-    [("int", 32), ("int", 128), ("int", 512), ("e2m2", 512), ("e2m3", 64), ("e3m2", 512)],
+    [
+        *[("int", 32), ("int", 128), ("int", 512), ("e2m2", 512), ("e2m3", 64), ("e3m2", 512)],
+        *[("mxfp4", 32), ("nvfp4", 32)],
+    ],
 )
 def test_kernel_in_other_tilings(tiling: Tiling, format: str, group_size: int) -> None:
     layout = GroupLayout(2 * 512 + 100, group_size, 0)
@@ -153,10 +172,11 @@ def test_kernel_in_other_tilings(tiling: Tiling, format: str, group_size: int) -
     assert_alike(got, reference(args, format))
 
 
-@pytest.mark.parametrize("format", ["int", "e2m3"])
+@pytest.mark.parametrize("format", ["int", "e2m3", "mxfp4", "nvfp4"])
 def test_rows_of_a_larger_weight(format: str) -> None:
     """What several linears read of a weight that they share."""
-    args = arguments((5,), 70, GroupLayout(344, 64, 0), symmetric=False, format=format)
+    layout = fitting(GroupLayout(344, 64, 0), format)
+    args = arguments((5,), 70, layout, symmetric=False, format=format)
     want = reference(args, format)[:, 20:50]
     assert_alike(reference(_rows_20_to_50(args), format), want)
     part = _rows_20_to_50(args.to(kernel_device()))
@@ -168,8 +188,8 @@ def test_rows_of_a_larger_weight(format: str) -> None:
 
 
 def _rows_20_to_50(args: Arguments) -> Arguments:
-    weight = {name: getattr(args, name) for name in GroupedWeight._fields}
-    return args._replace(**{name: one[:, 20:50] for name, one in weight.items() if one is not None})
+    rows = narrow_rows(GroupedWeight(*args[1:6]), 20, 30)
+    return args._replace(**rows._asdict())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -208,12 +228,60 @@ def test_every_floating_point_code_is_exact(
     assert torch.equal(MULTIPLY_DENSE(*args, format=format).cpu(), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
+def test_every_code_under_every_scale_is_exact(dtype: torch.dtype, format: str) -> None:
+    """Row n has the scale of byte n, in the second of two groups."""
+    block, values = BLOCK_FORMATS[format], torch.tensor(E2M1.values())
+    # what float16 and bfloat16 hold of products with powers of two
+    powers = range(104, 141) if dtype == torch.float16 else range(2, 252)
+    scales = powers if format == "mxfp4" else range(127)
+    scale = torch.tensor(scales, dtype=torch.uint8).view(block.scale.dtype).float()
+    codes = (torch.arange(64) % 16).to(torch.uint8).expand(len(scale), -1)
+    row_scale = 2.0 ** (torch.arange(len(scale)) % 3 - 1) if block.tensor_scale else None
+    packed = block_codes(
+        codes.unflatten(1, (-1, block.size)),
+        torch.stack([torch.ones_like(scale), scale], 1).repeat_interleave(32 // block.size, 1),
+        row_scale,
+        format,
+    )
+    want = values[codes.long()]
+    want[:, 32:] *= scale[:, None]
+    want = (want if row_scale is None else want * row_scale[:, None]).t().to(dtype)
+    args = Arguments(torch.eye(64, dtype=dtype), *packed, None, None)
+    assert torch.equal(reference(args, format), want)
+    args = args.to(kernel_device())
+    tiling = Tiling(64, 32, 1)
+    assert torch.equal(operator.multiply_packed(*args, tiling, format=format).cpu(), want)
+    assert torch.equal(MULTIPLY_DENSE(*args, format=format).cpu(), want)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("format", "byte"), [("mxfp4", 255), ("nvfp4", 127)])
+def test_a_scale_that_is_no_number_poisons_its_row(
+    dtype: torch.dtype, format: str, byte: int
+) -> None:
+    args = arguments((3,), 20, GroupLayout(344, 32, 0), dtype, format=format)
+    clean = reference(args, format)
+    args.weight_scale[5, 7] = byte
+    moved = args.to(kernel_device())
+    for out in (
+        reference(args, format),
+        operator.launch(*moved, dtype, format=format).cpu(),
+        MULTIPLY_DENSE(*moved, format=format).cpu(),
+    ):
+        assert out[:, 7].isnan().all()
+        others = torch.arange(20) != 7
+        torch.testing.assert_close(out[:, others], clean[:, others], rtol=1e-2, atol=1e-1)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("channel", [0, 343])
-@pytest.mark.parametrize("format", ["int", "e2m2"])
+@pytest.mark.parametrize("format", ["int", "e2m2", "mxfp4", "nvfp4"])
 def test_a_poisoned_token_poisons_its_own_row(poison: float, channel: int, format: str) -> None:
-    layout = GroupLayout(344, 128, 0)
+    layout = fitting(GroupLayout(344, 128, 0), format)
     args = arguments((3,), 70, layout, symmetric=False, format=format)
     clean = reference(args, format)
     args.x[1, channel] = poison
@@ -241,9 +309,12 @@ def test_residual_broadcasts_and_may_be_strided(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("format", "symmetric"), [("int", True), ("int", False), ("e2m3", True)])
+@pytest.mark.parametrize(
+    ("format", "symmetric"),
+    [("int", True), ("int", False), *((name, True) for name in ("e2m3", "mxfp4", "nvfp4"))],
+)
 def test_operator_passes_opcheck(dtype: torch.dtype, format: str, symmetric: bool) -> None:
-    layout, named = GroupLayout(344, 128, 0), {"format": format}
+    layout, named = fitting(GroupLayout(344, 128, 0), format), {"format": format}
     args = arguments((2, 3), 40, layout, dtype, symmetric=symmetric, extras=True, format=format)
     torch.library.opcheck(torch.ops.atom.weight_only_linear.default, (*args, dtype), named)
 
@@ -253,14 +324,23 @@ def test_paths_by_tokens() -> None:
     assert operator.describe(1, 64, layout, torch.bfloat16, torch.device("cpu")) == "reference"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operator, "multiprocessors", lambda _: 132)
-        assert operator.describe(64, 4096, layout, torch.bfloat16, gpu) == operator.PATH
-        assert operator.describe(4096, 4096, layout, torch.bfloat16, gpu) == operator.DEQUANTIZE
+        for hopper in (False, True):
+            patch.setattr(operator, "is_hopper", lambda _, hopper=hopper: hopper)
+            operator.choose_tiling.cache_clear()
+            many = weight_only_hopper.PATH if hopper else operator.PATH
+            for format in ("int", "e2m3"):
+                arguments = layout, torch.bfloat16, gpu, format
+                assert operator.describe(1, 4096, *arguments) == operator.PATH
+                assert operator.describe(128, 4096, *arguments) == many
+            assert operator.describe(8192, 4096, *arguments) == operator.DEQUANTIZE
+        operator.choose_tiling.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("format", "symmetric"), [("int", True), ("int", False), *((name, True) for name in FORMATS)]
+    ("format", "symmetric"),
+    [("int", True), ("int", False), *((name, True) for name in (*FORMATS, *BLOCK_FORMATS))],
 )
 @pytest.mark.parametrize("M", [1, 16, 17, 64, 200, 300])
 @pytest.mark.parametrize(("N", "K", "group_size"), [(4096, 14336, 128), (6144, 4100, 32)])
@@ -268,7 +348,7 @@ def test_kernel_on_real_shapes(
     M: int, N: int, K: int, group_size: int, dtype: torch.dtype, format: str, symmetric: bool
 ) -> None:
     device = torch.device("cuda")
-    layout = GroupLayout(K, max(group_size, operator.least_group_size(format)), 0)
+    layout = fitting(GroupLayout(K, group_size, 0), format)
     named: dict[str, Any] = {"extras": True, "device": device, "format": format}
     args = arguments((M,), N, layout, dtype, symmetric=symmetric, **named)
     with poisoned_memory():

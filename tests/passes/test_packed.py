@@ -40,7 +40,8 @@ def hand_written() -> Any:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16", "w6a8"]
+    "scheme",
+    ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16", "w6a8", "mxfp4", "nvfp4"],
 )
 @pytest.mark.parametrize("make", [tiny_llama, qwen, hand_written])
 def test_the_same_operators_and_results(make: Any, scheme: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from atom_compile import KVCache, Recipe, Scheme, calibrate, explain
 from atom_compile.errors import OptionError
 from atom_compile.options import Options
+from atom_compile.passes import derived
 from atom_compile.passes.derived import PackedLinear
 from atom_compile.signal_noise import measure_layers
 
@@ -21,7 +22,9 @@ W4A16 = Scheme.preset("w4a16")
 ACT_ORDER = replace(W4A16, act_order=True)
 ASYMMETRIC = replace(W4A16, symmetric=False, group_size=32)
 FLOATING = [Scheme.preset(name) for name in ("w6a16", "w6a16-e3m2", "w5a16", "w4a16-fp4")]
-VARIANTS = [W4A16, ACT_ORDER, ASYMMETRIC, replace(FLOATING[0], act_order=True), *FLOATING[1:]]
+BLOCKS = [Scheme.preset("mxfp4"), replace(Scheme.preset("nvfp4"), act_order=True)]
+VARIANTS = [W4A16, ACT_ORDER, ASYMMETRIC, replace(FLOATING[0], act_order=True)]
+VARIANTS += [*FLOATING[1:], *BLOCKS]
 
 
 def test_nothing_but_products_is_left() -> None:
@@ -69,6 +72,36 @@ def test_floating_point_weights_have_planes_and_a_name(scheme: Scheme) -> None:
         assert scale.shape == (G, N) and zero_point is None
         extra = (scheme.weight_bits - 4) * 128 // 8
         assert (high_bits is None) if not extra else high_bits.shape == (G, N, extra)
+
+
+@pytest.mark.parametrize("scheme", BLOCKS)
+def test_scales_of_blocks_are_bytes(scheme: Scheme) -> None:
+    (run,) = rewrites(HandWritten(depth=1, bias=True).eval(), token_batch(), scheme=scheme)
+    products = [node for node in run.gm.graph.nodes if "atom_packed" in node.meta]
+    assert len(products) == 4
+    for node in products:
+        assert node.kwargs == {"format": scheme.weight_format}
+        x, weight, scale, zero_point, high_bits, row_scale, *_ = (
+            one.meta["example_value"] if isinstance(one, torch.fx.Node) else one
+            for one in node.args
+        )
+        G, N, half_group = weight.shape
+        assert -(-x.shape[-1] // 32) == G and half_group == 16
+        assert scale.shape == (G * 32 // scheme.group_size, N) and scale.dtype == torch.uint8
+        assert zero_point is None and high_bits is None
+        if scheme.weight_format == "nvfp4":
+            assert row_scale.shape == (N,) and row_scale.dtype == torch.float32
+        else:
+            assert row_scale is None
+
+
+def test_a_tensor_has_one_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is rounded piece by piece, and where several linears share a weight."""
+    model, ids = HandWritten(depth=1).eval(), token_batch()
+    options: dict[str, Any] = {"scheme": "nvfp4", "strict": True}
+    whole = reference_output(model, ids, **options)
+    monkeypatch.setattr(derived, "_MOST_AT_ONCE", 1000)
+    assert torch.equal(reference_output(model, ids, **options), whole)
 
 
 @torch.no_grad()
@@ -127,15 +160,20 @@ def test_explain_names_operator_and_bytes(scheme: Scheme) -> None:
     bits = scheme.weight_bits
     assert (down.weight_bits, down.activation_bits, down.outlier_channels) == (bits, 16, 0)
     groups = -(-down.in_features // scheme.group_size)
-    of_a_group = scheme.group_size * bits // 8 + (2 if scheme.symmetric else 3)
-    assert down.weight_bytes_after == down.out_features * groups * of_a_group
+    of_a_scale = 1 if scheme in BLOCKS else 2 if scheme.symmetric else 3
+    of_a_row = 4 if scheme.weight_format == "nvfp4" else 0
+    of_a_group = scheme.group_size * bits // 8 + of_a_scale
+    assert down.weight_bytes_after == down.out_features * (groups * of_a_group + of_a_row)
     assert "weight_only_linear" in str(report)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("scheme", "least"),
-    [(W4A16, 10.0), (ACT_ORDER, 10.0), (FLOATING[2], 20.0), (FLOATING[0], 25.0)],
+    [
+        *[(W4A16, 10.0), (ACT_ORDER, 10.0), (FLOATING[2], 20.0), (FLOATING[0], 25.0)],
+        *[(BLOCKS[0], 15.0), (BLOCKS[1], 18.0)],
+    ],
 )
 def test_noise_of_each_linear(scheme: Scheme, least: float) -> None:
     noises = measure_layers(tiny_llama(), [token_batch()], {"scheme": scheme})
@@ -170,6 +208,12 @@ def test_what_only_it_goes_with(field: dict[str, Any]) -> None:
         (FLOATING[0], {"group_size": 32}, "group_size is 32.*at least 64"),
         (FLOATING[2], {"group_size": 64}, "group_size is 64.*at least 128"),
         (FLOATING[0], {"symmetric": False}, "symmetric=False.*e2m3.*no zero points"),
+        (BLOCKS[0], {"group_size": 64}, "group_size is 64.*'mxfp4' it must be 32"),
+        (BLOCKS[1], {"group_size": 32}, "group_size is 32.*'nvfp4' it must be 16"),
+        (BLOCKS[1], {"weight_bits": 3}, "weight_bits is 3; with weight_format='nvfp4'.*be 4"),
+        (BLOCKS[1], {"activation_bits": 8}, "act_order=True needs activation_bits=16"),
+        (BLOCKS[0], {"activation_bits": 8}, "weight_format='mxfp4' needs activation_bits=16"),
+        (W4A16, {"group_size": 16}, "group_size is 16"),
     ],
 )
 def test_what_weight_formats_do_not_go_with(
@@ -198,7 +242,7 @@ def test_a_quantized_cache_goes_with_it(graphs_run_eagerly: list[Any]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("scheme", [ASYMMETRIC, FLOATING[0]])
+@pytest.mark.parametrize("scheme", [ASYMMETRIC, FLOATING[0], *BLOCKS])
 def test_inductor_compiles_it(scheme: Scheme) -> None:
     torch._dynamo.reset()
     model, ids = HandWritten(depth=1).eval(), token_batch()
