@@ -35,6 +35,7 @@ from atom_compile.kernels import (
     quantize_e4m3,
     rope_append,
     rotate,
+    weight_only_hopper,
     weight_only_linear,
 )
 from atom_compile.kernels import quantize_rows as rows
@@ -173,6 +174,11 @@ def main(capability: int) -> None:
         compile_weight_only(torch.float32, group_size=32, symmetric=True, K=1000, format="nvfp4")
         compile_weight_only(torch.bfloat16, group_size=512, symmetric=True, K=1000, format="e3m2")
         compile_weight_only(torch.float32, group_size=128, symmetric=True, K=K, format="e2m3")
+        if capability == 90:
+            kernel = Compiled(weight_only_hopper.weight_only_hopper_kernel, capability)
+            patch.setattr(weight_only_hopper, "weight_only_hopper_kernel", kernel)
+            for format, dtype in (("int", torch.float16), ("e2m3", torch.bfloat16)):
+                compile_weight_only_on_hopper(dtype, K, format)
         patch.setattr(float8_linear, "multiprocessors", lambda device: 132)
         patch.setattr(float8_linear, "multiplies_e4m3", lambda device: capability >= 89)
         for format in float8_linear.WEIGHT_FORMATS:
@@ -226,6 +232,16 @@ def compile_float8(format: str, K: int) -> None:
         codes, scale = quantize_e4m3.reference(torch.zeros(M, K))
         extras = residual[0], residual, torch.bfloat16
         float8_linear.launch(codes, scale, *packed, *extras, format=format)
+
+
+def compile_weight_only_on_hopper(dtype: torch.dtype, K: int, format: str) -> None:
+    N, layout = 4096, packing.GroupLayout(K, 128, 0)
+    planes = packing.pack_grouped(torch.randn(N, K), layout, 4, 1.0, format != "int", format)[:4]
+    x, residual = torch.zeros(300, K, dtype=dtype), torch.zeros(300, N, dtype=dtype)
+    for tiling in weight_only_hopper.STEP_US["int"]:
+        if tiling.blocks == 1 or dtype == torch.bfloat16:
+            extras = residual[0], residual, tiling
+            weight_only_linear.multiply_on_hopper(x, *planes, *extras, format=format)
 
 
 def compile_attention(D: int, bits: int, groups: int, tokens: int, plain: bool) -> None:
