@@ -256,7 +256,7 @@ def to_values(
     int8, each read only by formats that have it. Two tiles (N, J) of DTYPE, exact, but float16 of a
     floating-point format is 2^-gap of it; nothing moves between threads. IS_SCALED: they are times
     `low_scale` and `high_scale`, (N,) float32, and `_power_of_e4m3`. PACK: so many bytes of a
-    row lie side by side in a thread, 2 for Hopper's products of four warps and 4 for all others; 0
+    row lie side by side in a thread, 2 for Hopper's `wgmma` and 4 for all other products; 0
     for no PTX at all. EXPONENT_BITS: 0 for INT4. PART: which of the parts it is.
     """
     packed = packed.to(tl.int8, bitcast=True)
@@ -523,7 +523,7 @@ def choose_tiling(
     # fewer instructions than with wgmma at 8 tokens, as many at 32, a third more at 64
     few = tiling.block_m <= 16
     # but tiles as narrow as a quarter of a group Triton then unpacks in other threads; so it does
-    # with a group of MXFP4: 344 instructions for each of two warps, 138 for each of four
+    # with a group of MXFP4: 344 instructions for each of two warps, 118 for each of four
     two_warps = few and _num_parts(*_bits(format)) < 4 and format != "mxfp4"
     # what the shared memory of every GPU since sm_80 holds
     block_m = min(tiling.block_m, 128 if dtype.itemsize == 2 else 32)
@@ -535,7 +535,8 @@ def _pack(device: torch.device, tiling: Tiling) -> int:
     """See to_values."""
     if device.type != "cuda":
         return 0
-    return 2 if is_hopper(device) and tiling.num_warps >= 4 and tiling.block_n >= 64 else 4
+    takes_wgmma = tiling.num_warps >= 4 and tiling.block_n >= 64 and tiling.block_m >= 16
+    return 2 if is_hopper(device) and takes_wgmma else 4
 
 
 def describe(M: int, N: int, layout: GroupLayout, dtype: torch.dtype, device: torch.device) -> str:
