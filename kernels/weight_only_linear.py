@@ -168,7 +168,6 @@ def weight_only_kernel(
     DTYPE: tl.constexpr = tl.float16 if OF_BYTES else x_ptr.dtype.element_ty
     UNPLACED: tl.constexpr = power_left(EXPONENT_BITS, DTYPE) * (256.0 if OF_BYTES else 1.0)
     IS_SCALED: tl.constexpr = SCALE == "e4m3"
-    IN_ROWS: tl.constexpr = IS_SCALED or SCALE == "row"  # one sum for all groups
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1) if IS_SPLIT else 1
@@ -208,7 +207,7 @@ def weight_only_kernel(
         if HAS_HIGH_BITS:
             high_bits = tl.load(high_bits_tile + first_row * PART_BYTES + byte)
         low_unit, high_unit = read_scale(low_scale, SCALE), read_scale(high_scale, SCALE)
-        sums = acc if IN_ROWS else tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        sums = acc if IS_SCALED else tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for part in tl.static_range(PARTS):
             at = part * PART_BYTES + byte
             packed = tl.load(weight_tile + first_row * HALF_GROUP + at)
@@ -230,12 +229,16 @@ def weight_only_kernel(
             )  # fmt: skip
             sums = tl.dot(low, x_low, sums, input_precision="ieee")
             sums = tl.dot(high, x_high, sums, input_precision="ieee")
-        acc = sums if IN_ROWS else acc + sums * low_unit[:, None]
+        # tensor cores that multiply e4m3 keep some 14 bits of a sum: no more than a step's is theirs
+        if SCALE == "row":
+            acc += sums
+        else:
+            acc = sums if IS_SCALED else acc + sums * low_unit[:, None]
         low_scale, high_scale = next_low_scale, next_high_scale
         if HAS_ZERO_POINT:
             zero_point = next_zero_point
     acc *= UNPLACED
-    if IN_ROWS:
+    if IS_SCALED or SCALE == "row":
         row_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
         if IS_SCALED:
             row_scale *= 1.0 / power_of_e4m3(DTYPE)
@@ -365,7 +368,7 @@ def packed_tiling(
     # fewer instructions than with wgmma at 8 tokens, as many at 32, a third more at 64
     few = tiling.block_m <= 16
     # but tiles as narrow as a quarter of a group Triton then unpacks in other threads; so it does
-    # with a group of MXFP4: 344 instructions for each of two warps, 138 for each of four
+    # with a group of MXFP4: 344 instructions for each of two warps, 118 for each of four
     two_warps = few and num_parts(*_bits(format)) < 4 and format != "mxfp4"
     # what the shared memory of every GPU since sm_80 holds
     block_m = min(tiling.block_m, 128 if dtype.itemsize == 2 else 32)
@@ -377,7 +380,8 @@ def _pack(device: torch.device, tiling: Tiling) -> int:
     """See to_values."""
     if device.type != "cuda":
         return 0
-    return 2 if is_hopper(device) and tiling.num_warps >= 4 and tiling.block_n >= 64 else 4
+    takes_wgmma = tiling.num_warps >= 4 and tiling.block_n >= 64 and tiling.block_m >= 16
+    return 2 if is_hopper(device) and takes_wgmma else 4
 
 
 def describe(

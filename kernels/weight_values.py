@@ -249,8 +249,8 @@ def to_values(
     int8, each read only by formats that have it. Two tiles (N, J) of DTYPE, exact, but float16 or
     e4m3 of a floating-point format is 2^-gap of it; nothing moves between threads. IS_SCALED: they
     are times `low_scale` and `high_scale`, (N,) float32, and `power_of_e4m3`. PACK: so many bytes
-    of a row lie side by side in a thread, 2 for Hopper's products of four warps in 16 bits and 4
-    for all others; 0 for no PTX at all. EXPONENT_BITS: 0 for INT4. PART: which of the parts it is.
+    of a row lie side by side in a thread, 2 for Hopper's `wgmma` in 16 bits and 4 for all other
+    products; 0 for no PTX at all. EXPONENT_BITS: 0 for INT4. PART: which of the parts it is.
     """
     packed = packed.to(tl.int8, bitcast=True)
     high_bits = high_bits.to(tl.int8, bitcast=True)

@@ -288,7 +288,7 @@ class PackedLinear:
     def _round(self, weight: Tensor, tensors: Mapping[Node, Tensor]) -> AnyWeight:
         transform = self.transform.known(tensors)
         at_once = max(1, _MOST_AT_ONCE // weight.shape[1])
-        row_scale = row_scales([weight], self.format)
+        row_scale = row_scales([weight], self.format)  # the same number for all rows
         return concatenate_rows(
             [
                 self._round_rows(

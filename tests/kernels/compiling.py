@@ -159,7 +159,9 @@ def main(capability: int) -> None:
             patch.setattr(weight_only_linear, name, kernel)
         wide = 2 if capability == 90 else 4
         patch.setattr(
-            weight_only_linear, "_pack", lambda _, tiling: wide if tiling.num_warps == 4 else 4
+            weight_only_linear,
+            "_pack",
+            lambda _, tiling: wide if tiling.num_warps == 4 and tiling.block_m >= 16 else 4,
         )
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             compile_weight_only(dtype, group_size=128, symmetric=True, K=K)

@@ -157,6 +157,11 @@ def test_a_poisoned_block_is_nan_and_others_are_not(block: int, poison: float) -
     assert got[0, block:].isfinite().all() and got[1].isfinite().all()
     codes, scale = to_e4m3(packed, block)
     assert equal(codes.float() * scale.repeat_interleave(block, 1), got)
+    layout = GroupLayout(2 * block, 32, 0)
+    searched = dequantize_weight(
+        pack_grouped(weight, layout, 4, 1.0, format=NAMES[block]), layout, NAMES[block]
+    )
+    assert equal(searched.isnan().float(), got.isnan().float())
 
 
 @every_block
