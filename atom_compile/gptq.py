@@ -29,6 +29,7 @@ from .kernels.packing import (
     affine_grid,
     best_group_scales,
     best_scale,
+    four_bit_codes,
     grouped_codes,
     pack_codes,
     pack_float_codes,
@@ -96,7 +97,7 @@ def round_weight(
     """
     if format != "int":
         rounded, note = round_float_weight(weight, hessian, layout, FORMATS[format])
-        return Rounded(without_outliers(rounded), note)
+        return Rounded(without_outliers(rounded) if weight_only else four_bit_codes(rounded), note)
     integers = IntFormat(bits)
     factor, importance, note = _error_factor(hessian.float())
     if weight_only:

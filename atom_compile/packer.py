@@ -133,6 +133,7 @@ def input_format(scheme: Scheme, width: int, clip: float, int8_groups: int) -> I
         clip=clip,
         int8_groups=int8_groups,
         rotation=scheme.rotation or 0,
+        format=scheme.activation_format,
     )
 
 

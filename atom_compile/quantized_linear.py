@@ -25,6 +25,7 @@ from .kernels.reorder import reorder
 from .kernels.rotate import rotate
 from .kernels.two_level_linear import two_level_linear
 from .kernels.weight_only_linear import weight_only_linear
+from .passes.derived import named_format
 
 _PRODUCTS = {
     PackedWeight: linear,
@@ -38,7 +39,7 @@ class InputFormat:
     """How a linear's input is quantized: the numbers of `atom::quantize`, before it `atom::rotate`.
 
     bits: 16 if it stays as it is. cut: of the channels in order. rotation: channels per block, 0
-    for none.
+    for none. format: "int" or "e2m1".
     """
 
     cut: GroupLayout
@@ -46,10 +47,11 @@ class InputFormat:
     clip: float
     int8_groups: int = 0
     rotation: int = 0
+    format: str = "int"
 
 
 class QuantizedLinear(nn.Module):
-    """x (*, K) -> (*, N) in x's dtype: reorder, rotate if asked for, quantize, INT4 product.
+    """x (*, K) -> (*, N) in x's dtype: reorder, rotate if asked for, quantize, 4-bit product.
 
     Just what `backend="atom"` makes of a 16-bit linear, and fuses in the same way. It runs without
     compilation too, and under any backend.
@@ -120,6 +122,7 @@ class QuantizedLinear(nn.Module):
                 form.int8_groups,
                 0,
                 cut.per_token,
+                **named_format(form.format),
             )
         operands = (*operands, *self.packed, self.bias, None, x.dtype)
         out: Tensor = _PRODUCTS[self.kind](*operands, **self.named)

@@ -16,6 +16,8 @@ _WEIGHT_ONLY_GROUP_SIZES = (32, *_GROUP_SIZES)
 _OUTLIER_STEP = 16
 # at most one channel in so many is an outlier: 128 of 768 measured best on a narrow model
 _LEAST_SHARE = 6
+# of activations and of the weights that quantized ones are multiplied by; or integers
+_QUANTIZED_FORMAT = "e2m1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,9 @@ class Scheme:
 
     weight_bits: 2 to 4, symmetric, one scale per output row and `group_size` input channels; of
         another `weight_format` as many as it has.
-    activation_bits: 2 to 8, symmetric, one scale per token and group, found at run time. Or 16:
-        activations stay as they are (W4A16, weight-only); `activation_clip` is then not read.
+    activation_bits: 2 to 8, symmetric, one scale per token and group, found at run time; of another
+        `activation_format` as many as it has. Or 16: activations stay as they are (W4A16,
+        weight-only); `activation_clip` is then not read.
     group_size: 64, 128, 256, 512 or 1024 channels; with 16-bit activations 32 as well, but weights
         of 6 bits need at least 64 and of 5 bits 128.
     outlier_channels: this many input channels of the largest magnitude are INT8 in weight and
@@ -52,7 +55,11 @@ class Scheme:
         of GPTQ (arXiv 2210.17323), where it has this name.
     weight_format: "int", or a floating-point format of kernels/formats.py: "e3m2" or "e2m3" of 6
         bits, "e2m2" of 5, "e2m1" of 4 (FP4). Its clips are searched for; `weight_clip` is not read.
-        Needs 16-bit activations. Source: FP6-LLM (arXiv 2401.14112).
+        All but "e2m1" need 16-bit activations, and none goes with `two_level`. Source: FP6-LLM
+        (arXiv 2401.14112).
+    activation_format: "int", or "e2m1" of 4 bits, which takes the place of INT4 alone: outlier
+        channels and `int8_share` are INT8 all the same. Source: Atom (arXiv 2310.19102), which
+        measures FP4 beside INT4.
     """
 
     weight_bits: int = 4
@@ -67,6 +74,7 @@ class Scheme:
     symmetric: bool = True
     act_order: bool = False
     weight_format: str = "int"
+    activation_format: str = "int"
 
     def __post_init__(self) -> None:
         if self.weight_format == "int" and self.weight_bits not in range(2, 5):
@@ -96,16 +104,20 @@ class Scheme:
         self._check_weight_only()
         if self.weight_format != "int":
             self._check_weight_format()
+        if self.activation_format != "int":
+            self._check_activation_format()
 
     def _check_weight_format(self) -> None:
         name = self.weight_format
         if name not in FORMATS:
             raise OptionError(unknown("weight_format", str(name), ["int", *FORMATS]))
         bits, least = FORMATS[name].bits, least_group_size(name)
-        if self.activation_bits != 16:
+        if self.activation_bits != 16 and name != _QUANTIZED_FORMAT:
             raise OptionError(
                 f"weight_format={name!r} needs activation_bits=16; it is {self.activation_bits}"
             )
+        if self.two_level:
+            raise OptionError(f"two_level needs weight_format='int'; it is {name!r}")
         if self.weight_bits != bits:
             raise OptionError(
                 f"weight_bits is {self.weight_bits}; with weight_format={name!r} it must be {bits}"
@@ -117,6 +129,16 @@ class Scheme:
             )
         if not self.symmetric:
             raise OptionError(f"symmetric=False: weight_format={name!r} has no zero points")
+
+    def _check_activation_format(self) -> None:
+        name = self.activation_format
+        if name != _QUANTIZED_FORMAT:
+            raise OptionError(unknown("activation_format", str(name), ["int", _QUANTIZED_FORMAT]))
+        if self.activation_bits != FORMATS[name].bits:
+            raise OptionError(
+                f"activation_bits is {self.activation_bits}; with activation_format={name!r} it "
+                f"must be {FORMATS[name].bits}"
+            )
 
     def _check_two_level(self) -> None:
         if self.two_level and (self.weight_bits, self.activation_bits) != (4, 8):
@@ -157,6 +179,7 @@ class Scheme:
 
         `w4a4`: Atom. `w4a4-rotated`: the same with rotated channels, half the loss (of
             prose-llama-25m with GPTQ: 1.019x perplexity, as measured by benchmarks/accuracy.py).
+        `w4a4-fp4`: Atom's variant in floating point, E2M1 for weights and activations.
         `w4ax`: COMET, at most a quarter of the blocks of channels in INT8. `w4ax-rotated`: the
             same with rotated channels.
         `w4a8`: INT8 activations without clip, 48 outlier channels.
@@ -199,6 +222,8 @@ def _floating_point(name: str) -> Scheme:
 
 PRESETS = {
     "w4a4": Scheme(),
+    # of E2M1, no other clip leaves less divergence (benchmarks/formats.py)
+    "w4a4-fp4": Scheme(weight_format="e2m1", activation_format="e2m1", activation_clip=1.0),
     # at most a quarter of the blocks in INT8, the outliers among them
     "w4ax": Scheme(int8_share=0.25),
     # a rotated group is bell-shaped whatever it was: of 128 such values 4 bits keep most at 0.8

@@ -78,6 +78,11 @@ def tune(
         if count < 1 or count & (count - 1):
             raise OptionError(f"tokens is {list(tokens)}; every number must be a power of two")
     scheme = Scheme.of(scheme)
+    if scheme.weight_format != "int" and scheme.activation_bits != 16:
+        raise OptionError(
+            f"launches are tuned for INT4 weights and serve {scheme.weight_format} as well: scheme "
+            "must be one of integers, such as 'w4a4'"
+        )
     if scheme.activation_bits == 16:
         raise OptionError(
             "with 16-bit activations there is no launch to tune: atom.linear is what is tuned, and "

@@ -184,6 +184,11 @@ two, and how many of the operands are the activation's."""
 _MOST_AT_ONCE = 2**22  # numbers of a weight that are rounded at a time: 16 MiB for each in float32
 
 
+def named_format(format: str) -> dict[str, str]:
+    """The keywords of an operator on numbers of that format; integers need none."""
+    return {} if format == "int" else {"format": format}
+
+
 def operands_of(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The activation's operands of a product and its packed weight's, without the bias."""
     count = PRODUCTS[product.target]  # type: ignore[index]
@@ -195,8 +200,8 @@ class PackedLinear:
     """Packed weight (up to five tensors, see packing.py) and bias of the linears in one product.
 
     Its `operator` is the one of PRODUCTS that multiplies by it, with the keywords `named` beside
-    the operands. weight_only: activations stay in 16 bits. symmetric, format: as `pack_grouped` has
-    them, for such a weight alone.
+    the operands. weight_only: activations stay in 16 bits. symmetric: as `pack_grouped` has it, for
+    such a weight alone. format: as `pack_grouped` or `pack_weight` has it.
     """
 
     parts: tuple[LinearPart, ...]
@@ -225,7 +230,7 @@ class PackedLinear:
 
     @property
     def named(self) -> dict[str, str]:
-        return {} if self.format == "int" else {"format": self.format}
+        return named_format(self.format)
 
     @property
     def kind(self) -> type[AnyWeight]:
@@ -285,7 +290,7 @@ class PackedLinear:
             return pack_grouped(columns, self.layout, *numbers)
         if self.layout.per_token:
             return pack_two_level(columns, self.layout)
-        return pack_weight(columns, self.layout, self.bits, self.clip)
+        return pack_weight(columns, self.layout, self.bits, self.clip, self.format)
 
     def _rounded(self, weight: WeightRef, tensors: Mapping[Node, Tensor]) -> AnyWeight | None:
         """What calibration made of this very weight, under this transform."""
