@@ -90,14 +90,9 @@ def _kernels() -> list[Finding]:
     codes, scale = quantize.reference(x, 4, 128, 128, 0.9)
     packed = packing.pack_weight(weight, layout, 4, 0.85)
     arguments = (codes, scale, *packed, None, None, torch.float32)
-    of_e2m1 = packing.pack_weight(weight, layout, 4, 1.0, "e2m1")
-    floating = (
-        *quantize.reference(x, 4, 128, 128, 1.0, format="e2m1"),
-        *of_e2m1,
-        None,
-        None,
-        torch.float32,
-    )
+    in_e2m1 = quantize.reference(x, 4, 128, 128, 1.0, format="e2m1")
+    packed = packing.pack_weight(weight, layout, 4, 1.0, "e2m1")
+    floating = (*in_e2m1, *packed, None, None, torch.float32)
     both = quantize.reference(x, 8, 128, 128, 1.0, per_token=True)
     two_levels = (*both, *packing.pack_two_level(weight, layout), None, None, torch.float32)
     small = linear.Tiling(64, 16, 1)

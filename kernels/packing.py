@@ -472,7 +472,7 @@ def pack_e2m1(codes: Tensor) -> Tensor:
         s e e m  ->  m s e e
 
     Codes that differ in their first bit alone then have the same sign: that is what lets a GPU look
-    four of them up at once (see linear.py).
+    four of them up at once (see e2m1.py).
     """
     codes = torch.where(codes == 1 << (E2M1.bits - 1), 0, codes)
     return _pack_bits((codes & 1) << 3 | codes >> 1, E2M1.bits)

@@ -6,15 +6,16 @@
 The last `outlier_channels` are INT8 with one scale per token and no clip. The last `int8_groups`
 groups before them are INT8 without clip too, each with its own scale. Source: Atom (arXiv
 2310.19102), section 4; for groups of two precisions COMET (arXiv 2410.12168), section 4. With
-format "e2m1", of 4 bits, the other groups are rounded to the values of E2M1 in units of 0.5:
-
-    scale[g, m] = absmax over group g of x[m] * clip / 12
-    codes[m, k] = 0, 1, 2, 3, 4, 6, 8 or 12 or the negative of one, the nearest to x[m, k] / scale
-
-With
 `rotation` the channels are turned first, so many at a time: see rotate.py; 0 leaves them as they
 are. With `per_token` the groups share one scale, the first, and the outliers have the second, as
-`two_level_linear` wants it. Every operator that quantizes takes the same numbers.
+`two_level_linear` wants it.
+
+With format "e2m1", of 4 bits, groups that are not INT8 take the values of E2M1, in units of 0.5:
+
+    scale[g, m] = absmax over group g of x[m] * clip / 12
+    codes[m, k] = 0, 1, 2, 3, 4, 6, 8, 12 or the negative of one, the nearest to x[m, k] / scale
+
+Every operator that quantizes takes the same numbers, and the format.
 """
 
 from __future__ import annotations

@@ -78,11 +78,23 @@ def test_bytes_are_those_of_the_packed_weight() -> None:
     weight, scheme = torch.randn(N, K), Scheme()
     packed = pack_weight(weight, scheme.layout(K), 4, 0.85)
     assert layer._packed_bytes(N, K, scheme) == sum(tensor.nbytes for tensor in packed)
+    of_e2m1 = pack_weight(weight, scheme.layout(K), 4, 1.0, "e2m1")
+    of_both = [layer._packed_bytes(N, K, Scheme.preset(name)) for name in ("w4a4", "w4a4-fp4")]
+    assert of_both == 2 * [sum(tensor.nbytes for tensor in of_e2m1)]
     for scheme in (Scheme.preset("w4a16"), Scheme.preset("w6a16"), WEIGHT_ONLY):
         numbers = scheme.symmetric, scheme.weight_format
         grouped = pack_grouped(weight, scheme.layout(K), 4, 1.0, *numbers)
         tensors = [one for one in grouped if one is not None]
         assert layer._packed_bytes(N, K, scheme) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_operators_of_e2m1_pass_their_gates() -> None:
+    with torch.compiler.set_stance("force_eager"):
+        result = bench.run(
+            TINY, tokens=[5], scheme="w4a4-fp4", device="cpu", level="operators", quick=True
+        )
+    assert result.failures == [] and result.ops == OPS
+    assert all(row.error is not None and row.error <= row.error_limit for row in result.rows)
 
 
 @pytest.mark.parametrize("scheme", [WEIGHT_ONLY, "w5a16"])

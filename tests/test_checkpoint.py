@@ -117,7 +117,9 @@ def test_saved_again_it_is_the_same(packed: tuple[Path, Tensor], tmp_path: Path)
     assert torch.equal(logits(load(tmp_path), token_batch()), want)
 
 
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a4", "w4a4-fp4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"]
+)
 def test_it_packs_while_it_loads(
     scheme: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from atom_compile.gptq import fit_weight, round_float_weight, round_weight
 from atom_compile.kernels.formats import E2M1, E2M2, E2M3, E3M2, FORMATS, FloatFormat
 from atom_compile.kernels.packing import (
     GroupLayout,
+    PackedWeight,
     dequantize_float_weight,
     dequantize_weight,
     pack_float_weight,
@@ -101,6 +102,17 @@ def test_weights_alone_have_no_outliers(format: str) -> None:
     want, _ = round_float_weight(weight, hessian, layout, FORMATS[format])
     got = dequantize_weight(packed, layout, format)
     assert torch.equal(got, dequantize_float_weight(want, layout, FORMATS[format]))
+
+
+def test_a_weight_of_e2m1_for_quantized_activations_keeps_its_outliers() -> None:
+    layout = GroupLayout(344, 128, 48)
+    weight, x = torch.randn(8, 344), correlated(1024, 344)
+    hessian = x.t() @ x / len(x)
+    packed, _ = round_weight(weight, hessian, layout, 4, format="e2m1")
+    want, _ = round_float_weight(weight, hessian, layout, E2M1)
+    assert isinstance(packed, PackedWeight)
+    got = dequantize_weight(packed, layout, "e2m1")
+    assert torch.equal(got, dequantize_float_weight(want, layout, E2M1))
 
 
 def test_codes_belong_to_the_scales_that_are_stored() -> None:

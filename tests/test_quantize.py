@@ -27,7 +27,7 @@ from atom_compile.scheme import Scheme
 from .capturing import reference_output, token_batch
 from .models import HandWritten, tiny_llama
 
-SCHEMES = ["w4a4", "w4ax", "w4a8", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"]
+SCHEMES = ["w4a4", "w4a4-fp4", "w4ax", "w4a8", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"]
 
 
 def hand_written(**options: Any) -> HandWritten:

@@ -39,7 +39,9 @@ def hand_written() -> Any:
     return HandWritten(norm=Standardize, bias=True).eval()
 
 
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a4", "w4a4-fp4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"]
+)
 @pytest.mark.parametrize("make", [tiny_llama, qwen, hand_written])
 def test_the_same_operators_and_results(make: Any, scheme: str) -> None:
     model, ids = make(), token_batch()
@@ -106,10 +108,14 @@ def test_explain_lists_them() -> None:
 
 
 def test_explain_knows_the_bits_of_floating_point_weights() -> None:
-    model = tiny_llama()
-    quantize(model, "w6a16", progress=False)
-    down = next(one for one in explain(model, token_batch()).layers if "down_proj" in one.name)
-    assert (down.weight_bits, down.activation_bits) == (6, 16)
+    known = {}
+    for scheme in ("w6a16", "w4a4-fp4"):
+        model = tiny_llama()
+        quantize(model, scheme, progress=False)
+        down = next(one for one in explain(model, token_batch()).layers if "down_proj" in one.name)
+        formats = down.weight_format, down.activation_format
+        known[scheme] = (down.weight_bits, down.activation_bits, *formats)
+    assert known == {"w6a16": (6, 16, "e2m3", None), "w4a4-fp4": (4, 4, "e2m1", "e2m1")}
 
 
 def test_part_of_a_model_is_packed() -> None:
