@@ -93,7 +93,7 @@ def test_operators_of_e2m1_pass_their_gates() -> None:
         result = bench.run(
             TINY, tokens=[5], scheme="w4a4-fp4", device="cpu", level="operators", quick=True
         )
-    assert result.failures == [] and result.ops == OPS
+    assert result.failures == [] and result.ops == OPS[:-1]
     assert all(row.error is not None and row.error <= row.error_limit for row in result.rows)
 
 
