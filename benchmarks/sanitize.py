@@ -127,7 +127,7 @@ Check = tuple[str, Any]  # what is checked, and a function of nothing that gives
 def operator_checks(device: torch.device) -> Iterator[Check]:
     """The benchmark's own cases, 16-bit ones aside, nothing compiled."""
     for shape in SHAPES:
-        for scheme in ("w4a4", "w4a8", "w6a8", "w4a16", "w5a16", "w6a16"):
+        for scheme in ("w4a4", "w4a4-fp4", "w4a8", "w6a8", "w4a16", "w5a16", "w6a16"):
             setting = setting_of(shape, device, scheme)
             cases = list(operator_cases(setting))
             if scheme == "w4a4":
