@@ -83,9 +83,9 @@ def explain(
     scheme: Annotated[
         str | None,
         typer.Option(
-            help="w4a4, w4a4-rotated, w4ax, w4ax-rotated, w4a8, w4a8-two-level, w6a8, w6a8-e3m2, "
-            "w4a16, w6a16, w6a16-e3m2, w5a16, w4a16-fp4, mxfp4 or nvfp4; by default the recipe's "
-            "own, or w4a4."
+            help="w4a4, w4a4-fp4, w4a4-rotated, w4ax, w4ax-rotated, w4a8, w4a8-two-level, w6a8, "
+            "w6a8-e3m2, w4a16, w6a16, w6a16-e3m2, w5a16, w4a16-fp4, mxfp4 or nvfp4; by default the "
+            "recipe's own, or w4a4."
         ),
     ] = None,
     recipe: Annotated[
@@ -347,8 +347,8 @@ def evaluate(
     scheme: Annotated[
         list[str] | None,
         typer.Option(
-            help="w4a4, w4a4-rotated, w4ax, w4a8, w6a8, w4a16, w6a16, nvfp4: one, several by commas, "
-            "or the option again; by default the recipe's own, or w4a4."
+            help="w4a4, w4a4-fp4, w4a4-rotated, w4ax, w4a8, w6a8, w4a16, w6a16, nvfp4: one, "
+            "several by commas, or the option again; by default the recipe's own, or w4a4."
         ),
     ] = None,
     recipe: Annotated[

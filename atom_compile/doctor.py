@@ -100,6 +100,9 @@ def _kernels() -> list[Finding]:
     codes, scale = quantize.reference(x, 4, 128, 128, 0.9)
     packed = packing.pack_weight(weight, layout, 4, 0.85)
     arguments = (codes, scale, *packed, None, None, torch.float32)
+    in_e2m1 = quantize.reference(x, 4, 128, 128, 1.0, format="e2m1")
+    packed = packing.pack_weight(weight, layout, 4, 1.0, "e2m1")
+    floating = (*in_e2m1, *packed, None, None, torch.float32)
     both = quantize.reference(x, 8, 128, 128, 1.0, per_token=True)
     two_levels = (*both, *packing.pack_two_level(weight, layout), None, None, torch.float32)
     rows = packing.pack_rows(weight, packing.GroupLayout(512, 128, 0, True), "e2m3")
@@ -112,6 +115,13 @@ def _kernels() -> list[Finding]:
     hopper = functools.partial(linear.launch, tiling=large)
     found = [
         _run("atom::linear", linear.linear, linear.reference, arguments, device),
+        _run(
+            "atom::linear of E2M1",
+            functools.partial(linear.linear, format="e2m1"),
+            functools.partial(linear.reference, format="e2m1"),
+            floating,
+            device,
+        ),
         _run(
             "atom::two_level_linear",
             two_level_linear.two_level_linear,

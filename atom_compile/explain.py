@@ -23,9 +23,10 @@ from .capture import captured
 from .errors import AtomError, OptionError, unknown
 from .files import write_text
 from .kernels.formats import element_format
+from .kernels.quantize_e4m3 import quantize_e4m3
 from .options import Options
 from .passes.derived import operands_of
-from .passes.graphs import value
+from .passes.graphs import is_call, value
 from .passes.linears import is_weight
 from .passes.packed import HeldLinear
 from .passes.pipeline import Rewrite
@@ -76,9 +77,10 @@ def diff(a: Report | str | Path, b: Report | str | Path) -> Difference:
 class Layer:
     """One linear. `operator` is None where it was left as it was; the remarks then say why.
 
-    Bits and outlier channels are None there too. `quantized_by` is also None where activations stay
-    in 16 bits. The bytes are its weight's, scales included, and `error` is the noise over signal of
-    its output, where calibration measured it.
+    Bits, formats (those of `Scheme`) and outlier channels are None there too. `quantized_by` and
+    `activation_format` are also None where activations stay in 16 bits. The bytes are its weight's,
+    scales included, and `error` is the noise over signal of its output, where calibration measured
+    it.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Layer:
     quantized_by: str | None
     weight_bits: int | None
     activation_bits: int | None
+    weight_format: str | None
+    activation_format: str | None
     outlier_channels: int | None
     weight_bytes_before: int
     weight_bytes_after: int
@@ -239,6 +243,8 @@ def _held_layer(run: Rewrite, held: HeldLinear, product: Node) -> Layer:
         quantized_by,
         weight_bits=_weight_bits(product),
         activation_bits=_activation_bits(product),
+        weight_format=_format(product),
+        activation_format=_activation_format(product),
         outlier_channels=held.layout.outlier_channels,
         weight_bytes_before=taken,
         weight_bytes_after=taken,
@@ -257,8 +263,21 @@ def _operators(product: Node) -> tuple[str, str | None]:
 
 def _weight_bits(product: Node) -> int:
     """Integers of fewer bits lie in four as well."""
-    format = str(product.kwargs.get("format", "int"))
+    format = _format(product)
     return 4 if format == "int" else element_format(format).bits
+
+
+def _format(node: Node) -> str:
+    """Of the numbers that a product or a quantize takes or makes."""
+    return str(node.kwargs.get("format", "int"))
+
+
+def _activation_format(product: Node) -> str | None:
+    activation, _ = operands_of(product)
+    if len(activation) == 1:
+        return None
+    quantized = activation[0].args[0]
+    return "e4m3" if is_call(quantized, quantize_e4m3) else _format(quantized)
 
 
 def _activation_bits(product: Node) -> int:
@@ -283,11 +302,12 @@ def _share_of_bytes(product: Node, out_features: int) -> int:
 def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
     found = plan.found
     rewritten = product is not None and plan.transform is not None
-    operator = quantized_by = None
+    operator = quantized_by = weight_format = activation_format = None
     before = after = _bytes(found.weight)
     if rewritten:
         assert product is not None
         operator, quantized_by = _operators(product)
+        weight_format, activation_format = _format(product), _activation_format(product)
         packed = product.meta["atom_packed"]
         after = _share_of_bytes(product, found.out_features)
     return Layer(
@@ -298,6 +318,8 @@ def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
         quantized_by,
         weight_bits=run.scheme.weight_bits if rewritten else None,
         activation_bits=run.scheme.activation_bits if rewritten else None,
+        weight_format=weight_format,
+        activation_format=activation_format,
         outlier_channels=packed.layout.outlier_channels if rewritten else None,
         weight_bytes_before=before,
         weight_bytes_after=after,

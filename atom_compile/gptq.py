@@ -32,6 +32,7 @@ from .kernels.packing import (
     best_group_scales,
     best_scale,
     block_codes,
+    four_bit_codes,
     grouped_codes,
     pack_codes,
     pack_float_codes,
@@ -106,8 +107,9 @@ def round_weight(
         return _round_in_blocks(weight, hessian, layout, format, row_scale)
     if format != "int":
         rounded, note = round_float_weight(weight, hessian, layout, FORMATS[format])
-        kept = with_row_scale if layout.per_token else without_outliers
-        return Rounded(kept(rounded), note)
+        if layout.per_token:
+            return Rounded(with_row_scale(rounded), note)
+        return Rounded(without_outliers(rounded) if weight_only else four_bit_codes(rounded), note)
     integers = IntFormat(bits)
     factor, importance, note = _error_factor(hessian.float())
     if weight_only:

@@ -44,7 +44,8 @@ def fake_quantize(
         return codes.float() * token_scale[..., None]
     cut = layout.group_size, layout.outlier_channels
     numbers = (scheme.activation_bits, *cut, clip, int8_groups, 0, layout.per_token)
-    return dequantize(*quantize.reference(x.float(), *numbers), layout)
+    rounded = quantize.reference(x.float(), *numbers, format=scheme.activation_format)
+    return dequantize(*rounded, layout)
 
 
 def sample_rows(x: Tensor, most: int = _MOST_TOKENS) -> Tensor:

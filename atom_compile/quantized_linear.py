@@ -30,6 +30,7 @@ from .kernels.rotate import rotate
 from .kernels.storing import is_stored, restore, store, store_order
 from .kernels.two_level_linear import two_level_linear
 from .kernels.weight_only_linear import weight_only_linear
+from .passes.derived import named_format
 from .passes.transforms import transformed_layout
 
 _PRODUCTS = {
@@ -62,7 +63,7 @@ class InputFormat:
 
 
 class QuantizedLinear(nn.Module):
-    """x (*, K) -> (*, N) in x's dtype: reorder, rotate if asked for, quantize, INT4 product.
+    """x (*, K) -> (*, N) in x's dtype: reorder, rotate if asked for, quantize, 4-bit product.
 
     Just what `backend="atom"` makes of a 16-bit linear, and fuses in the same way. It runs without
     compilation too, and under any backend.
@@ -163,6 +164,7 @@ class QuantizedLinear(nn.Module):
                 form.int8_groups,
                 0,
                 cut.per_token,
+                **named_format(form.format),
             )
         operands = (*operands, *self.packed, self.bias, None, x.dtype)
         out: Tensor = _PRODUCTS[self.kind](*operands, **self.named)

@@ -41,7 +41,7 @@ _SAME_WEIGHT = 2**-7
 class LayerChoice:
     """What calibration chose for one linear; linears of one input share all but the error.
 
-    activation_clip: the share of a group's largest magnitude that the INT4 grid spans.
+    activation_clip: the share of a group's largest magnitude that the scheme's grid spans.
     int8_groups: so many groups before the outliers have INT8 activations.
     keep: leave the linear in its own precision.
     error: noise over signal of its output on the calibration batches, both powers; without GPTQ

@@ -17,6 +17,7 @@ _WEIGHT_ONLY_GROUP_SIZES = (32, *_GROUP_SIZES)
 _OUTLIER_STEP = 16
 # at most one channel in so many is an outlier: 128 of 768 measured best on a narrow model
 _LEAST_SHARE = 6
+_ACTIVATION_FORMATS = ("int", "e2m1", "e4m3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,9 @@ class Scheme:
 
     weight_bits: 2 to 4, symmetric, one scale per output row and `group_size` input channels; of
         another `weight_format` as many as it has.
-    activation_bits: 2 to 8, symmetric, one scale per token and group, found at run time. Or 16:
-        activations stay as they are (W4A16, weight-only); `activation_clip` is then not read.
+    activation_bits: 2 to 8, symmetric, one scale per token and group, found at run time; of another
+        `activation_format` as many as it has. Or 16: activations stay as they are (W4A16,
+        weight-only); `activation_clip` is then not read.
     group_size: 64, 128, 256, 512 or 1024 channels; with 16-bit activations 32 as well, but weights
         of 6 bits need at least 64 and of 5 bits 128.
     outlier_channels: this many input channels of the largest magnitude are INT8 in weight and
@@ -53,10 +55,13 @@ class Scheme:
         of GPTQ (arXiv 2210.17323), where it has this name.
     weight_format: "int", or a floating-point format of kernels/formats.py: "e3m2" or "e2m3" of 6
         bits, "e2m2" of 5, "e2m1" of 4 (FP4). Its clips are searched for; `weight_clip` is not read.
-        Needs 16-bit activations, or e4m3. Source: FP6-LLM (arXiv 2401.14112). Or a format of
-        blocks, whose scales have 8 bits, see kernels/block_formats.py: "mxfp4" in groups of 32,
-        "nvfp4" of 16.
-    activation_format: "int", or "e4m3" (FP8) with one scale per token, found at run time: then
+        "e2m1" goes with quantized activations too, those of 6 bits with e4m3; all others need
+        16-bit activations, and none goes with `two_level`. Source: FP6-LLM (arXiv 2401.14112). Or a
+        format of blocks, whose scales have 8 bits, see kernels/block_formats.py: "mxfp4" in groups
+        of 32, "nvfp4" of 16, with 16-bit activations.
+    activation_format: "int"; or "e2m1" of 4 bits, which takes the place of INT4 alone: outlier
+        channels and `int8_share` are INT8 all the same. Source: Atom (arXiv 2310.19102), which
+        measures FP4 beside INT4. Or "e4m3" (FP8) with one scale per token, found at run time: then
         `activation_bits` is 8, `weight_format` of 6 bits with one scale per output row, and
         channels stay as they are. `activation_clip` is not read, and the groups, of 128 channels,
         only say how a weight lies in memory.
@@ -114,11 +119,16 @@ class Scheme:
                 unknown("weight_format", str(name), ["int", *FORMATS, *BLOCK_FORMATS])
             )
         bits, least = element_format(name).bits, least_group_size(name)
-        if self.activation_bits != 16 and self.activation_format == "int":
+        grouped = self.activation_bits != 16 and self.activation_format in ("int", "e2m1")
+        if grouped and name != "e2m1":
+            in_e4m3 = " or activation_format='e4m3'" * (name in float8_linear.WEIGHT_FORMATS)
             raise OptionError(
-                f"weight_format={name!r} needs activation_bits=16 or an activation_format such as "
-                f"'e4m3'; they are {self.activation_bits} and {self.activation_format!r}"
+                f"weight_format={name!r} needs activation_bits=16{in_e4m3}; got "
+                f"activation_bits={self.activation_bits}, "
+                f"activation_format={self.activation_format!r}"
             )
+        if self.two_level:
+            raise OptionError(f"two_level needs weight_format='int'; it is {name!r}")
         if self.weight_bits != bits:
             raise OptionError(
                 f"weight_bits is {self.weight_bits}; with weight_format={name!r} it must be {bits}"
@@ -137,9 +147,19 @@ class Scheme:
             raise OptionError(f"symmetric=False: weight_format={name!r} has no zero points")
 
     def _check_activation_format(self) -> None:
-        name, formats = self.activation_format, float8_linear.WEIGHT_FORMATS
-        if name != "e4m3":
-            raise OptionError(unknown("activation_format", str(name), ["int", "e4m3"]))
+        name = self.activation_format
+        if name not in _ACTIVATION_FORMATS:
+            raise OptionError(unknown("activation_format", str(name), _ACTIVATION_FORMATS))
+        if name == "e4m3":
+            self._check_e4m3()
+        elif self.activation_bits != FORMATS[name].bits:
+            raise OptionError(
+                f"activation_bits is {self.activation_bits}; with activation_format={name!r} it "
+                f"must be {FORMATS[name].bits}"
+            )
+
+    def _check_e4m3(self) -> None:
+        formats = float8_linear.WEIGHT_FORMATS
         if self.weight_format not in formats:
             raise OptionError(
                 f"weight_format is {self.weight_format!r}; with activation_format='e4m3' it must "
@@ -199,6 +219,7 @@ class Scheme:
 
         `w4a4`: Atom. `w4a4-rotated`: the same with rotated channels, half the loss (of
             prose-llama-25m with GPTQ: 1.019x perplexity, as measured by benchmarks/accuracy.py).
+        `w4a4-fp4`: Atom's variant in floating point, E2M1 for weights and activations.
         `w4ax`: COMET, at most a quarter of the blocks of channels in INT8. `w4ax-rotated`: the
             same with rotated channels.
         `w4a8`: INT8 activations without clip, 48 outlier channels.
@@ -234,9 +255,9 @@ class Scheme:
     def sorts_channels(self) -> bool:
         """Whether channels are sorted by magnitude, for alike ones to share a scale.
 
-        Not for activations in 16 bits or in floating point, which need none of it.
+        Not for activations in 16 bits or in e4m3, which need none of it.
         """
-        return self.activation_bits < 16 and self.activation_format == "int"
+        return self.activation_bits < 16 and self.activation_format != "e4m3"
 
     def int8_groups(self, layout: GroupLayout) -> int:
         """How many groups are INT8 where calibration did not say."""
@@ -259,6 +280,8 @@ def _floating_point(name: str, activation_bits: int = 16, activation_format: str
 
 PRESETS = {
     "w4a4": Scheme(),
+    # of E2M1, no other clip leaves less divergence (benchmarks/formats.py)
+    "w4a4-fp4": Scheme(weight_format="e2m1", activation_format="e2m1", activation_clip=1.0),
     # at most a quarter of the blocks in INT8, the outliers among them
     "w4ax": Scheme(int8_share=0.25),
     # a rotated group is bell-shaped whatever it was: of 128 such values 4 bits keep most at 0.8

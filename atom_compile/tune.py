@@ -84,6 +84,11 @@ def tune(
             f"with {activations} activations there is no launch to tune: atom.linear is what is "
             "tuned, and scheme must be one that quantizes them to integers, such as 'w4a4'"
         )
+    if scheme.weight_format != "int":
+        raise OptionError(
+            f"launches are tuned for INT4 weights and serve {scheme.weight_format} as well: scheme "
+            "must be one of integers, such as 'w4a4'"
+        )
     place = find_device(device)
     setting = Setting(
         shape=find_shape(DEFAULT_MODELS[0]),

@@ -127,7 +127,9 @@ Check = tuple[str, Any]  # what is checked, and a function of nothing that gives
 def operator_checks(device: torch.device) -> Iterator[Check]:
     """The benchmark's own cases, 16-bit ones aside, nothing compiled."""
     for shape in SHAPES:
-        for scheme in ("w4a4", "w4a8", "w6a8", "w4a16", "w5a16", "w6a16", "mxfp4", "nvfp4"):
+        for scheme in (
+            "w4a4", "w4a4-fp4", "w4a8", "w6a8", "w4a16", "w5a16", "w6a16", "mxfp4", "nvfp4",
+        ):  # fmt: skip
             setting = setting_of(shape, device, scheme)
             cases = list(operator_cases(setting))
             if scheme == "w4a4":

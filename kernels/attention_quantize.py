@@ -47,6 +47,7 @@ def reference(
     softcap: float,
     order: Tensor | None,
     *numbers: Any,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     """Arguments as in attention.py -> codes (B, Q, padded_width) int8, scale (num_scales, B, Q)."""
     cache = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope, length)
@@ -55,14 +56,14 @@ def reference(
     )
     x = attended.transpose(1, 2).flatten(2)
     if order is None:
-        return quantize.reference(x, *numbers)
-    return quantize.reorder_reference(x, order, *numbers)
+        return quantize.reference(x, *numbers, format=format)
+    return quantize.reorder_reference(x, order, *numbers, format=format)
 
 
 _ATTENDING = len(Arguments._fields)  # so many arguments are of attention.py
 
 
-def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+def fake(*arguments: Any, format: str = "int") -> tuple[Tensor, Tensor]:
     query, numbers = arguments[0], arguments[_ATTENDING + 1 :]
     B, num_heads, Q, D = query.shape
     return quantize.fake(query.new_empty(B, Q, num_heads * D), *numbers)
@@ -91,6 +92,7 @@ def combine_quantize_kernel(
     OUTLIERS: tl.constexpr,
     OUTLIER_BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
+    E2M1: tl.constexpr,
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -141,6 +143,7 @@ def combine_quantize_kernel(
         GROUP_SIZE,
         INT8_GROUPS,
         LARGEST,
+        E2M1,
         OUTLIER_LARGEST,
         BLOCK,
         PER_TOKEN,
@@ -154,7 +157,7 @@ def combine_quantize_kernel(
         y = _gather(row, channel, live_lane, HEAD_DIM, HEAD_BLOCK)
         if ROTATION > 0:
             y = rotated(y, OUTLIER_BLOCK // OUTLIER_ROTATION, OUTLIER_ROTATION)
-        codes, scale = _quantize(y, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0)
+        codes, scale = _quantize(y, outlier_clip_over_largest, OUTLIER_LARGEST, 0, E2M1=False)
         tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, codes, mask=live_lane)
         tl.store(scale_ptr + tl.cast(1 if PER_TOKEN else NUM_GROUPS, tl.int64) * M + m, scale)
 
@@ -175,24 +178,24 @@ Measured on an H100 with 4096 channels: 105 instead of 107 us with 2 splits, the
 
 
 def launch(
-    *arguments: Any, tiling: DecodeTiling | PrefillTiling | None = None
+    *arguments: Any, tiling: DecodeTiling | PrefillTiling | None = None, format: str = "int"
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
     order, numbers = arguments[_ATTENDING], Numbers(*arguments[_ATTENDING + 1 :])
-    bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token = numbers
+    _, group_size, outlier_channels, clip, int8_groups, rotation, per_token = numbers
     attended, partial = attention.launch_partial(Arguments(*arguments[:_ATTENDING]), tiling)
     B, Q, num_heads, D = attended.shape
     if partial is not None and partial.sums.shape[0] * num_heads * D > _MOST_FUSED:
         launch_combine(partial, attended)
         partial = None
     if partial is None:
-        return quantize_rows.launch(attended.flatten(2), order, numbers)
+        return quantize_rows.launch(attended.flatten(2), order, numbers, format=format)
     layout = numbers.layout(num_heads * D)
     codes = attended.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
     scale = attended.new_empty(layout.num_scales, B, Q, dtype=torch.float32)
     splits = partial.sums.shape[0]
     heads_block, head_block = (triton.next_power_of_2(size) for size in (num_heads, D))
-    largest, outlier_largest = 2 ** (bits - 1) - 1, 2 ** (OUTLIER_BITS - 1) - 1
+    largest, outlier_largest = numbers.largest(format), 2 ** (OUTLIER_BITS - 1) - 1
     combine_quantize_kernel[(B * Q,)](
         partial.sums,
         partial.scales,
@@ -215,6 +218,7 @@ def launch(
         OUTLIERS=outlier_channels,
         OUTLIER_BLOCK=triton.next_power_of_2(max(outlier_channels, 1)),
         LARGEST=largest,
+        E2M1=format == "e2m1",
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=max(group_size, triton.next_power_of_2(layout.width)),
         PER_TOKEN=per_token,

@@ -34,6 +34,7 @@ def reference(
     order: Tensor | None,
     activation: str,
     *numbers: Any,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     """gate and up (*, K), `activation`: a key of ACTIVATIONS, order (K,) int32."""
     y = ACTIVATIONS[activation](gate)
@@ -41,7 +42,7 @@ def reference(
         y = y * up
     if order is not None:
         y = y.index_select(-1, order)
-    return quantize.reference(y, *numbers)
+    return quantize.reference(y, *numbers, format=format)
 
 
 def fake(
@@ -50,6 +51,7 @@ def fake(
     order: Tensor | None,
     activation: str,
     *numbers: Any,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     return quantize.fake(gate, *numbers)
 
@@ -60,11 +62,13 @@ def launch(
     order: Tensor | None,
     activation: str,
     *numbers: Any,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     return quantize_rows.launch(
         gate,
         order,
         Numbers(*numbers),
+        format=format,
         up=up,
         activation=activation,
     )

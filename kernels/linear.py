@@ -1,11 +1,13 @@
-"""`atom::linear`: quantized activations times a packed INT4 weight, exact group by group.
+"""`atom::linear`: quantized activations times a packed weight of 4 bits, exact group by group.
 
     out[m, n] = sum_g scale[g, m] * weight_scale[g, n] * sum_k codes[m, k] * weight[n, k]
               + scale[G, m] * outlier_scale[n] * sum_k codes[m, k] * outlier_weight[n, k]
               + bias[n]                 rounded to the output's dtype, then + residual[m, n]
 
-The sums over k, the channels of group g or the outliers, are integers and exact in every
-implementation. Source: Atom (arXiv 2310.19102), sections 4.1 and 4.4.
+The sums over k, the channels of group g or the outliers, are integers, or with a weight of E2M1
+halves of integers, and exact in every implementation. INT8 tensor cores multiply both: unpacked in
+registers, an INT4 code becomes 16 times itself, a code of E2M1 twice its value. Source: Atom (arXiv
+2310.19102), sections 4.1 and 4.4.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import linear_hopper, tuning
+from . import e2m1, linear_hopper, tuning
 from .arrivals import arrivals_of
 from .devices import multiprocessors
+from .formats import E2M1
 from .library import define
 from .linear_hopper import HopperTiling
-from .packing import GroupLayout, rows_per_group, unpack_int4
+from .packing import GroupLayout, rows_per_group, unpack_e2m1, unpack_int4
 
 
 def reference(
@@ -36,9 +39,13 @@ def reference(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    *,
+    format: str = "int",
 ) -> Tensor:
     """codes (*, padded_width), scale (num_scales, *), the weight as in packing.py, bias (N,),
     residual (*, N) -> (*, N) in `dtype`.
+
+    format: of the weight, "int" or "e2m1".
 
     Float32 holds every sum over a group exactly: with up to 1024 channels it stays below 2^24.
     """
@@ -50,7 +57,8 @@ def reference(
         .unflatten(1, (num_groups, half_group * 2))
         .transpose(0, 1)
     )
-    sums_GMN = torch.bmm(groups_GMK, unpack_int4(weight).float().transpose(1, 2))
+    weight_GNK = unpack_int4(weight) if format == "int" else E2M1.decode(unpack_e2m1(weight))
+    sums_GMN = torch.bmm(groups_GMK, weight_GNK.float().transpose(1, 2))
     out = (sums_GMN * (scale_GM[:num_groups, :, None] * weight_scale.float()[:, None, :])).sum(0)
     if outlier_weight.shape[1]:
         outliers = codes_MK[:, num_groups * half_group * 2 :] @ outlier_weight.float().t()
@@ -71,17 +79,27 @@ def fake(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    *,
+    format: str = "int",
 ) -> Tensor:
     return codes.new_empty(*codes.shape[:-1], weight.shape[1], dtype=dtype)
 
 
 @triton.jit
-def _unpack(packed, PTX: tl.constexpr):
+def _unpack(packed, IS_E2M1: tl.constexpr, PTX: tl.constexpr):
     """Packed rows (N, group / 2) -> 16 times their codes, (N, group) int8: codes in upper halves.
 
-    Both codes of a byte stay in the thread that the tensor cores want them in: nothing moves.
+    Of E2M1 twice the values. Both codes of a byte stay in the thread that the tensor cores want
+    them in: nothing moves.
     """
-    if PTX:  # four bytes at a time, where LLVM would shift them one by one
+    if IS_E2M1 and PTX:
+        low, high = tl.inline_asm_elementwise(
+            e2m1.PTX, e2m1.REGISTERS, [packed], dtype=e2m1.BOTH, is_pure=True, pack=4
+        )
+    elif IS_E2M1:
+        low = e2m1.twice_the_values(packed.to(tl.int32) & 0xF)
+        high = e2m1.twice_the_values((packed.to(tl.int32) >> 4) & 0xF)
+    elif PTX:  # four bytes at a time, where LLVM would shift them one by one
         low = tl.inline_asm_elementwise(
             "{ .reg .b32 shifted; shl.b32 shifted, $1, 4; and.b32 $0, shifted, 0xF0F0F0F0; }",
             "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4,
@@ -187,6 +205,7 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     TWO_LEVEL: tl.constexpr,
+    IS_E2M1: tl.constexpr,
     TILES_PER_BAND: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -198,6 +217,7 @@ def linear_kernel(
     row's scale, and a token has one scale (two_level_linear.py).
     """
     GROUP: tl.constexpr = 2 * HALF_GROUP
+    TIMES: tl.constexpr = 2.0 if IS_E2M1 else 16.0  # what `_unpack` multiplies by
     OUTLIERS_FIRST: tl.constexpr = BLOCK_M >= 64 and not TWO_LEVEL
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -235,7 +255,7 @@ def linear_kernel(
         )
         outlier_weight_scale = tl.load(
             outlier_scale_ptr + n, mask=live_n & has_outliers, other=0.0
-        ) * (1.0 if TWO_LEVEL else 16.0)
+        ) * (1.0 if TWO_LEVEL else TIMES)
         # a large tile needs these registers in its loop, a small one would wait for the loads
         if OUTLIERS_FIRST:
             if has_outliers:
@@ -264,7 +284,7 @@ def linear_kernel(
             tl.int8, bitcast=True
         )
         codes = tl.load(codes_tile + group * GROUP)
-        sums = tl.dot(_unpack(packed, PTX), codes, out_dtype=tl.int32)  # 16 times the codes' own
+        sums = tl.dot(_unpack(packed, IS_E2M1, PTX), codes, out_dtype=tl.int32)
         if TWO_LEVEL:
             acc += (sums >> 4) * group_scale.to(tl.int32)[:, None]
         else:
@@ -282,7 +302,7 @@ def linear_kernel(
                     outlier_weight_scale[:, None] * outlier_scale[None, :]
                 )
     if not TWO_LEVEL:
-        acc *= 0.0625
+        acc *= 1.0 / TIMES
 
     store_tile(
         acc, m, n, M, N, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
@@ -360,7 +380,7 @@ def choose_tiling(
     M: int, N: int, num_groups: int, group_size: int, outliers: int, device: torch.device,
     two_level: bool = False,
 ) -> Tiling | HopperTiling:  # fmt: skip
-    """The tuned one, where there is one."""
+    """The tuned one, where there is one; for a weight of E2M1, what INT4 was tuned for."""
     tuned = None if two_level else tuning.find(device, M, N, num_groups, group_size)
     if tuned and tuned.path == PATH and set(tuned.tiling) == set(Tiling._fields):
         return Tiling(**tuned.tiling)
@@ -395,10 +415,11 @@ def multiply(
     residual: Tensor | None,
     dtype: torch.dtype,
     tiling: Tiling | HopperTiling | None = None,
+    format: str = "int",
 ) -> Tensor:
     """`linear` on a GPU, `group_scale` being its weight_scale; with `row_scale`, two_level_linear.
 
-    tiling: for tuning; it names the kernel as well.
+    tiling: for tuning; it names the kernel as well. format: `linear`'s.
     """
     num_groups, N, half_group = weight.shape
     outliers = outlier_weight.shape[1]
@@ -415,7 +436,7 @@ def multiply(
     )
     arguments = (
         codes, scale, weight, group_scale, row_scale, outlier_weight, outlier_scale, bias, residual,
-        out,
+        out, format == "e2m1",
     )  # fmt: skip
     if isinstance(tiling, HopperTiling) and not linear_hopper.is_aligned(weight, group_scale):
         tiling = default_tiling(M, N, num_groups, multiprocessors(codes.device))
@@ -448,6 +469,7 @@ def _launch(
     bias: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
+    is_e2m1: bool,
     tiling: Tiling,
 ) -> None:
     num_groups, N, half_group = weight.shape
@@ -481,6 +503,7 @@ def _launch(
         BLOCK_N=tiling.block_n,
         IS_SPLIT=tiling.split_k > 1,
         TWO_LEVEL=row_scale is not None,
+        IS_E2M1=is_e2m1,
         TILES_PER_BAND=8,
         PTX=codes.is_cuda,
         num_warps=tiling.num_warps,
@@ -499,17 +522,20 @@ def launch(
     residual: Tensor | None,
     dtype: torch.dtype,
     tiling: Tiling | HopperTiling | None = None,
+    *,
+    format: str = "int",
 ) -> Tensor:
     """The kernels on the arguments of `reference`; `tiling` is for tuning."""
     return multiply(
         codes, scale, weight, weight_scale, None, outlier_weight, outlier_scale, bias, residual,
-        dtype, tiling,
+        dtype, tiling, format,
     )  # fmt: skip
 
 
 linear = define(
     "linear(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor outlier_weight, "
-    "Tensor outlier_scale, Tensor? bias, Tensor? residual, ScalarType dtype) -> Tensor",
+    "Tensor outlier_scale, Tensor? bias, Tensor? residual, ScalarType dtype, *, "
+    "str format='int') -> Tensor",
     reference,
     fake,
     launch,

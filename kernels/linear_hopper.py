@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from . import e2m1
 from .arrivals import arrivals_of
 from .devices import is_hopper
 from .packing import rows_per_group
@@ -195,6 +196,16 @@ def _unpack(packed, layout: gl.constexpr):
 
 
 @gluon.jit
+def _unpack_e2m1(packed, layout: gl.constexpr):
+    """Packed rows (64, group / 2) of E2M1 -> twice their values, (64, group) int8."""
+    low, high = gl.inline_asm_elementwise(
+        e2m1.PTX, e2m1.REGISTERS, [packed], dtype=e2m1.BOTH, is_pure=True, pack=4
+    )
+    halves = gl.permute(gl.join(low, high), (0, 2, 1))
+    return gl.convert_layout(gl.reshape(halves, (packed.shape[0], 2 * packed.shape[1])), layout)
+
+
+@gluon.jit
 def _unpack_scaled(packed, factor, layout: gl.constexpr):
     """Packed rows (64, group / 2), factor (64,) of 1 to 16 -> codes times factor, (64, group) int8.
 
@@ -229,13 +240,15 @@ def _unpack_scaled(packed, factor, layout: gl.constexpr):
 
 @gluon.jit
 def _operand(weight_ring, group_scale_ring, stage, ROW: gl.constexpr, TWO_LEVEL: gl.constexpr,
-             layout: gl.constexpr):  # fmt: skip
+             IS_E2M1: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """Rows ROW to ROW + 64 of a stage's weight, as the tensor cores take them."""
     packed = weight_ring.index(stage).slice(ROW, 64, dim=0).load(layout)
     if TWO_LEVEL:
         factor = group_scale_ring.index(stage).slice(ROW, 64, dim=0)
         factor = factor.load(gl.SliceLayout(1, layout)).to(gl.int32)
         return _unpack_scaled(packed, factor, layout)
+    elif IS_E2M1:
+        return _unpack_e2m1(packed, layout)
     else:
         return _unpack(packed, layout)
 
@@ -256,9 +269,13 @@ def _group_rescaled(acc, sums, group_scale_ring, scale_ring, stage, ROW: gl.cons
 @gluon.jit
 def _sum_groups(
     codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
-    groups, WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    groups, WARPGROUP: gl.constexpr, IS_E2M1: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Two groups at a time, each with its own scales: 16 times the sum, (64, BLOCK_M) float32."""
+    """Two groups at a time, each with its own scales, of the weight as it is unpacked: float32.
+
+    (64, BLOCK_M) of 16 times the sum or, of E2M1, twice the sum.
+    """
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     ROW: gl.constexpr = 64 * WARPGROUP
@@ -267,7 +284,7 @@ def _sum_groups(
     if groups % 2 == 1:
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        weight = _operand(weight_ring, group_scale_ring, stage, ROW, False, layout)
+        weight = _operand(weight_ring, group_scale_ring, stage, ROW, False, IS_E2M1, layout)
         codes = codes_ring.index(stage).permute((1, 0))
         sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
         sums = warpgroup_mma_wait(0, deps=[sums])
@@ -278,11 +295,11 @@ def _sum_groups(
         first = step % STAGES
         second = (step + 1) % STAGES
         mbarrier.wait(full.index(first), (step // STAGES) & 1)
-        weight = _operand(weight_ring, group_scale_ring, first, ROW, False, layout)
+        weight = _operand(weight_ring, group_scale_ring, first, ROW, False, IS_E2M1, layout)
         codes = codes_ring.index(first).permute((1, 0))
         first_sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
         mbarrier.wait(full.index(second), ((step + 1) // STAGES) & 1)
-        weight = _operand(weight_ring, group_scale_ring, second, ROW, False, layout)
+        weight = _operand(weight_ring, group_scale_ring, second, ROW, False, IS_E2M1, layout)
         codes = codes_ring.index(second).permute((1, 0))
         second_sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
         sums = warpgroup_mma_wait(1, deps=[first_sums])
@@ -311,10 +328,10 @@ def _sum_rows(
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         codes = codes_ring.index(stage).permute((1, 0))
-        weight = _operand(weight_ring, group_scale_ring, stage, ROW, True, layout)
+        weight = _operand(weight_ring, group_scale_ring, stage, ROW, True, False, layout)
         upper_sums = warpgroup_mma(weight, codes, upper, is_async=True)
         if BLOCKS == 2:
-            weight = _operand(weight_ring, group_scale_ring, stage, ROW + 64, True, layout)
+            weight = _operand(weight_ring, group_scale_ring, stage, ROW + 64, True, False, layout)
             lower_sums = warpgroup_mma(weight, codes, lower, is_async=True)
             upper, lower = warpgroup_mma_wait(0, deps=[upper_sums, lower_sums])
         else:
@@ -403,7 +420,7 @@ def _multiply(
     scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
     partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty,
     M, N, num_groups, whole_tiles, WARPGROUP: gl.constexpr, OUTLIER_STEPS: gl.constexpr,
-    TWO_LEVEL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr, IS_E2M1: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
     STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its rows of every segment's tile."""
@@ -434,9 +451,9 @@ def _multiply(
         else:
             acc, step = _sum_groups(
                 codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
-                end - first, WARPGROUP, BLOCK_M, STAGES,
+                end - first, WARPGROUP, IS_E2M1, BLOCK_M, STAGES,
             )  # fmt: skip
-            acc *= 0.0625  # the codes were 16 times themselves
+            acc *= 0.5 if IS_E2M1 else 0.0625  # as unpacking multiplied
         if OUTLIER_STEPS > 0:
             if end == num_groups:
                 acc = _with_outliers(
@@ -490,6 +507,7 @@ def linear_hopper_kernel(
     GROUP: gl.constexpr,
     OUTLIER_STEPS: gl.constexpr,
     TWO_LEVEL: gl.constexpr,
+    IS_E2M1: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -518,13 +536,13 @@ def linear_hopper_kernel(
                 scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
                 partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring,
                 full, empty, M, N, num_groups, whole_tiles, gl.constexpr(0), OUTLIER_STEPS,
-                TWO_LEVEL, BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                TWO_LEVEL, IS_E2M1, BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_multiply, (
                 scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
                 partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring,
                 full, empty, M, N, num_groups, whole_tiles, gl.constexpr(1), OUTLIER_STEPS,
-                TWO_LEVEL, BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                TWO_LEVEL, IS_E2M1, BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_load, (
                 codes_desc, weight_desc, outlier_desc, scale_ptr, group_scale_ptr, codes_ring,
@@ -670,6 +688,7 @@ def launch(
     bias: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
+    is_e2m1: bool,
     tiling: HopperTiling,
     multiprocessors: int,
 ) -> None:
@@ -707,6 +726,7 @@ def launch(
         GROUP=2 * half_group,
         OUTLIER_STEPS=triton.cdiv(outliers, _OUTLIER_STEP),
         TWO_LEVEL=row_scale is not None,
+        IS_E2M1=is_e2m1,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         BLOCK_M=block_m,

@@ -50,12 +50,13 @@ def reference(
     round_normed: bool,
     dtype: torch.dtype,
     *numbers: Any,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     """x (*, K), weight and bias (K,), order (K,) int32; `dtype`: what the norm would return."""
     y = norm(x, weight, bias, eps, center, round_normed, dtype)
     if order is not None:
         y = y.index_select(-1, order)
-    return quantize.reference(y, *numbers)
+    return quantize.reference(y, *numbers, format=format)
 
 
 def fake(
@@ -68,6 +69,7 @@ def fake(
     round_normed: bool,
     dtype: torch.dtype,
     *numbers: Any,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     return quantize.fake(x, *numbers)
 
@@ -82,6 +84,7 @@ def launch(
     round_normed: bool,
     dtype: torch.dtype,
     *numbers: Any,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     normed_dtype = x.dtype if round_normed else torch.float32
     product_dtype = (
@@ -92,6 +95,7 @@ def launch(
         x,
         order,
         Numbers(*numbers),
+        format=format,
         norm=norm_arguments,
         dtype=dtype,
     )

@@ -19,7 +19,7 @@ then cut:
     byte j of a row of a group:   bits 7..4 = channel j + group_size/2      bits 3..0 = channel j
 
   Both are in two's complement. `TwoLevelWeight` and `GroupedWeight` keep the codes alike and their
-  scales otherwise.
+  scales otherwise. A `PackedWeight` may have codes of E2M1 there instead, as `pack_e2m1` has them.
 * Weights in a floating-point format of 4 to 6 bits (see formats.py) have the low four bits of their
   codes there, and the others in `high_bits (G, N, group_size * (bits - 4) / 8)` uint8:
 
@@ -58,6 +58,7 @@ from .formats import (
 
 TINY = 1e-30  # a scale of a group of zeros: small, but with a finite reciprocal
 OUTLIER_BITS = 8
+LARGEST_E2M1 = round(E2M1.largest / E2M1.least)
 FLOAT_CLIPS = tuple(2.0 ** (step / 8) for step in range(-4, 8))
 """The shares of the largest magnitude that are tried as the end of a floating-point grid. One that
 ends far past it loses a few codes at most: what changes is where among them the values lie."""
@@ -138,8 +139,21 @@ def round_to_format(
     return format.round_to(x.float() * (1.0 / scale)), scale.squeeze(dim)
 
 
+def round_to_e2m1(x: Tensor, clip: float, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """As `round_to_codes`, to the values of E2M1 in units of the least: -12 to 12, all integers.
+
+    INT8 tensor cores then add up their products exactly.
+    """
+    scale = (x.abs().amax(dim, keepdim=True).float() * (clip / LARGEST_E2M1)).clamp(min=TINY)
+    values = E2M1.nearest(x.float() * (1.0 / scale) * E2M1.least)
+    return (values / E2M1.least).to(torch.int8), scale.squeeze(dim)
+
+
 class PackedWeight(NamedTuple):
-    """A linear's weight as the operators read it; the module's docstring has shapes and layout."""
+    """A linear's weight as the operators read it; the module's docstring has shapes and layout.
+
+    What a code stands for, itself or in E2M1 its value, times `weight_scale` is the weight.
+    """
 
     weight: Tensor
     weight_scale: Tensor
@@ -147,8 +161,15 @@ class PackedWeight(NamedTuple):
     outlier_scale: Tensor
 
 
-def pack_weight(weight: Tensor, layout: GroupLayout, bits: int, clip: float) -> PackedWeight:
-    """Quantizes a weight `(N, K)`, columns in order, rounding to nearest. `bits`: 2 to 4."""
+def pack_weight(
+    weight: Tensor, layout: GroupLayout, bits: int, clip: float, format: str = "int"
+) -> PackedWeight:
+    """Quantizes a weight `(N, K)`, columns in order, rounding to nearest.
+
+    bits (2 to 4), clip: of integers. format: "int" or "e2m1", whose clips are searched for.
+    """
+    if format != "int":
+        return four_bit_codes(pack_float_weight(weight, layout, FORMATS[format]))
     groups, outliers = layout.split(weight.float())
     largest = 2 ** (bits - 1) - 1
     scale = groups.abs().amax(-1, keepdim=True) * (clip / largest)
@@ -275,6 +296,13 @@ def pack_float_codes(
         outliers.to(torch.int8).contiguous(),
         outlier_scale.float(),
     )
+
+
+def four_bit_codes(packed: FloatWeight) -> PackedWeight:
+    """The same weight, of E2M1, for quantized activations."""
+    assert not packed.high_bits.numel()
+    weight = pack_e2m1(unpack_planes(packed.weight, None, E2M1.bits))
+    return PackedWeight(weight, packed.weight_scale, packed.outlier_weight, packed.outlier_scale)
 
 
 def to_bfloat16(x: Tensor) -> Tensor:
@@ -541,6 +569,26 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.cat([(signed << 4) >> 4, signed >> 4], dim=-1)
 
 
+def pack_e2m1(codes: Tensor) -> Tensor:
+    """uint8 codes of E2M1, (*, group_size) -> uint8 (*, group_size / 2), for INT8 products.
+
+    The mantissa's bit comes first, and there is no negative zero:
+
+        s e e m  ->  m s e e
+
+    Codes that differ in their first bit alone then have the same sign: that is what lets a GPU look
+    four of them up at once (see e2m1.py).
+    """
+    codes = torch.where(codes == 1 << (E2M1.bits - 1), 0, codes)
+    return pack_bits((codes & 1) << 3 | codes >> 1, E2M1.bits)
+
+
+def unpack_e2m1(packed: Tensor) -> Tensor:
+    """The inverse of `pack_e2m1`."""
+    nibbles = unpack_bits(packed, E2M1.bits)
+    return (nibbles << 1 | nibbles >> 3) & 0xF
+
+
 def pack_planes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """uint8 codes (*, group_size) -> the low four bits and the rest, as `FloatWeight` has them."""
     return pack_bits(codes & 0xF, 4), pack_bits(codes >> 4, bits - 4)
@@ -574,10 +622,12 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
 def dequantize_weight(packed: AnyWeight, layout: GroupLayout, format: str = "int") -> Tensor:
     """The float32 weight `(N, K)`, in order, that the operators compute with. For inspection.
 
-    format: only a `GroupedWeight` may have another one, and a `RowWeight` must.
+    format: a `GroupedWeight` may have another one, a `PackedWeight` "e2m1", a `RowWeight` must.
     """
     if format == "int":
         codes = unpack_int4(packed.weight).float()
+    elif isinstance(packed, PackedWeight):
+        codes = E2M1.decode(unpack_e2m1(packed.weight))
     else:
         assert isinstance(packed, GroupedWeight | RowWeight)
         codes = _decode(packed, element_format(format))

@@ -8,7 +8,14 @@ groups before them are INT8 without clip too, each with its own scale. Source: A
 2310.19102), section 4; for groups of two precisions COMET (arXiv 2410.12168), section 4. With
 `rotation` the channels are turned first, so many at a time: see rotate.py; 0 leaves them as they
 are. With `per_token` the groups share one scale, the first, and the outliers have the second, as
-`two_level_linear` wants it. Every operator that quantizes takes the same numbers.
+`two_level_linear` wants it.
+
+With format "e2m1", of 4 bits, groups that are not INT8 take the values of E2M1, in units of 0.5:
+
+    scale[g, m] = absmax over group g of x[m] * clip / 12
+    codes[m, k] = 0, 1, 2, 3, 4, 6, 8, 12 or the negative of one, the nearest to x[m, k] / scale
+
+Every operator that quantizes takes the same numbers, and the format.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from torch import Tensor
 
 from . import quantize_rows
 from .library import define
-from .packing import OUTLIER_BITS, GroupLayout, round_to_codes
+from .packing import OUTLIER_BITS, GroupLayout, round_to_codes, round_to_e2m1
 from .quantize_rows import Numbers
 from .rotate import rotate
 
@@ -34,6 +41,8 @@ def reference(
     int8_groups: int = 0,
     rotation: int = 0,
     per_token: bool = False,
+    *,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     """x (*, K), in order -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
     if rotation:
@@ -42,7 +51,7 @@ def reference(
     groups, outliers = layout.split(x)
     if per_token:
         groups, int8_groups = groups.flatten(-2).unsqueeze(-2), 0
-    codes, scale = _round_groups(groups, bits, clip, int8_groups)
+    codes, scale = _round_groups(groups, bits, clip, int8_groups, format)
     codes, scale = codes.flatten(-2), scale.movedim(-1, 0)
     if outlier_channels:
         outlier_codes, outlier_scale = round_to_codes(outliers, OUTLIER_BITS, 1.0)
@@ -52,43 +61,52 @@ def reference(
 
 
 def _round_groups(
-    groups: Tensor, bits: int, clip: float, int8_groups: int
+    groups: Tensor, bits: int, clip: float, int8_groups: int, format: str
 ) -> tuple[Tensor, Tensor]:
     """groups (*, G, group_size) -> codes of that shape, scale (*, G)."""
-    if not int8_groups:
-        return round_to_codes(groups, bits, clip)
     narrow, wide = groups.tensor_split([groups.shape[-2] - int8_groups], dim=-2)
-    narrow_codes, narrow_scale = round_to_codes(narrow, bits, clip)
+    if format == "int":
+        narrow_codes, narrow_scale = round_to_codes(narrow, bits, clip)
+    else:
+        narrow_codes, narrow_scale = round_to_e2m1(narrow, clip)
+    if not int8_groups:
+        return narrow_codes, narrow_scale
     wide_codes, wide_scale = round_to_codes(wide, OUTLIER_BITS, 1.0)
     return torch.cat([narrow_codes, wide_codes], -2), torch.cat([narrow_scale, wide_scale], -1)
 
 
-def fake(x: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
+def fake(x: Tensor, *numbers: Any, format: str = "int") -> tuple[Tensor, Tensor]:
     layout = Numbers(*numbers).layout(x.shape[-1])
     codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
     return codes, x.new_empty(layout.num_scales, *x.shape[:-1], dtype=torch.float32)
 
 
-def launch(x: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
-    return quantize_rows.launch(x, None, Numbers(*numbers))
+def launch(x: Tensor, *numbers: Any, format: str = "int") -> tuple[Tensor, Tensor]:
+    return quantize_rows.launch(x, None, Numbers(*numbers), format=format)
 
 
-def reorder_reference(x: Tensor, order: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
+def reorder_reference(
+    x: Tensor, order: Tensor, *numbers: Any, format: str = "int"
+) -> tuple[Tensor, Tensor]:
     """`quantize(reorder(x, order))` in one pass over memory."""
-    return reference(x.index_select(-1, order), *numbers)
+    return reference(x.index_select(-1, order), *numbers, format=format)
 
 
-def reorder_fake(x: Tensor, order: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
+def reorder_fake(
+    x: Tensor, order: Tensor, *numbers: Any, format: str = "int"
+) -> tuple[Tensor, Tensor]:
     return fake(x, *numbers)
 
 
-def reorder_launch(x: Tensor, order: Tensor | None, *numbers: Any) -> tuple[Tensor, Tensor]:
-    return quantize_rows.launch(x, order, Numbers(*numbers))
+def reorder_launch(
+    x: Tensor, order: Tensor | None, *numbers: Any, format: str = "int"
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows.launch(x, order, Numbers(*numbers), format=format)
 
 
 NUMBERS = (
     "int bits, int group_size, int outlier_channels, float clip, int int8_groups=0, "
-    "int rotation=0, bool per_token=False"
+    "int rotation=0, bool per_token=False, *, str format='int'"
 )
 quantize = define(f"quantize(Tensor x, {NUMBERS}) -> (Tensor, Tensor)", reference, fake, launch)
 reorder_quantize = define(

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .devices import multiprocessors
-from .packing import OUTLIER_BITS, TINY, GroupLayout
+from .packing import LARGEST_E2M1, OUTLIER_BITS, TINY, GroupLayout
 from .rotate import outlier_block, rotated
 
 
@@ -48,10 +48,15 @@ class Numbers(NamedTuple):
     def layout(self, width: int) -> GroupLayout:
         return GroupLayout(width, self.group_size, self.outlier_channels, self.per_token)
 
+    def largest(self, format: str) -> int:
+        """The largest code of a group that is not INT8."""
+        return LARGEST_E2M1 if format == "e2m1" else 2 ** (self.bits - 1) - 1
+
 
 # 1.5 * 2^23: adding it rounds a small float32 to the nearest even integer, in its last bits
 _ROUNDER = tl.constexpr(12582912.0)
 _TINY = tl.constexpr(TINY)
+_LARGEST_E2M1 = tl.constexpr(LARGEST_E2M1)
 
 
 @triton.jit
@@ -124,10 +129,22 @@ def _larger(one, other):
 
 
 @triton.jit
-def _quantize(y, clip_over_largest, largest, AXIS: tl.constexpr):
-    """Codes and scale of each group along AXIS; mirrors packing.round_to_codes.
+def _to_e2m1(codes):
+    """Rounds to the values of E2M1 in units of 0.5; mirrors FloatFormat.nearest.
 
-    `largest` is one value, or one for each group.
+    Up to 4 they are all integers, up to 8 the even ones, from there on the multiples of 4.
+    """
+    magnitude = tl.abs(codes)
+    rounder = _ROUNDER * tl.where(magnitude < 4.0, 1.0, tl.where(magnitude < 8.0, 2.0, 4.0))
+    return (codes + rounder) - rounder
+
+
+@triton.jit
+def _quantize(y, clip_over_largest, largest, AXIS: tl.constexpr, E2M1: tl.constexpr):
+    """Codes and scale of each group along AXIS; mirrors packing.round_to_codes and round_to_e2m1.
+
+    `largest` is one value, or one for each group. E2M1: a group whose codes may be larger than that
+    format's is INT8 all the same.
     """
     scale = _larger(tl.reduce(tl.abs(y), AXIS, _larger) * clip_over_largest, _TINY)
     codes = y * tl.expand_dims(tl.div_rn(1.0, scale), AXIS)
@@ -135,6 +152,8 @@ def _quantize(y, clip_over_largest, largest, AXIS: tl.constexpr):
     highest = tl.expand_dims(tl.where(scale < float("inf"), largest, 0.0), AXIS)
     lowest = tl.expand_dims(tl.where(scale < float("inf"), -largest - 1.0, 0.0), AXIS)
     codes = tl.minimum(tl.maximum(codes, lowest), highest)
+    if E2M1:
+        codes = tl.where(highest > _LARGEST_E2M1, codes, _to_e2m1(codes))
     # the sum's last byte is the code; a conversion to integers would take eight times as long
     return (codes + _ROUNDER).to(tl.int32, bitcast=True).to(tl.int8), scale
 
@@ -146,16 +165,17 @@ def _quantize_groups(
     clip_over_largest,
     wide_clip_over_largest,
     LARGEST: tl.constexpr,
+    E2M1: tl.constexpr,
     WIDE_LARGEST: tl.constexpr,
     INT8_GROUPS: tl.constexpr,
 ):
     """y (groups, channels): groups that are `wide` (groups,) are INT8; mirrors quantize.py."""
     if INT8_GROUPS == 0:
-        codes, scale = _quantize(y, clip_over_largest, LARGEST, AXIS=1)
+        codes, scale = _quantize(y, clip_over_largest, LARGEST, 1, E2M1)
     else:
         factor = tl.where(wide, wide_clip_over_largest, clip_over_largest)
         largest = tl.where(wide, WIDE_LARGEST * 1.0, LARGEST * 1.0)
-        codes, scale = _quantize(y, factor, largest, AXIS=1)
+        codes, scale = _quantize(y, factor, largest, 1, E2M1)
     return codes, scale
 
 
@@ -173,13 +193,14 @@ def _store_groups(
     GROUP_SIZE: tl.constexpr,
     INT8_GROUPS: tl.constexpr,
     LARGEST: tl.constexpr,
+    E2M1: tl.constexpr,
     WIDE_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
     """Quantizes piece number `piece` of token m's channels in groups, y (BLOCK,); 0 is padding."""
     if PER_TOKEN:  # the piece is all there is
-        codes, scale = _quantize(y, clip_over_largest, LARGEST, AXIS=0)
+        codes, scale = _quantize(y, clip_over_largest, LARGEST, 0, E2M1)
         tl.store(scale_ptr + m, scale)
     else:
         group = piece * (BLOCK // GROUP_SIZE) + tl.arange(0, BLOCK // GROUP_SIZE)
@@ -189,6 +210,7 @@ def _store_groups(
             clip_over_largest,
             wide_clip_over_largest,
             LARGEST,
+            E2M1,
             WIDE_LARGEST,
             INT8_GROUPS,
         )
@@ -220,6 +242,7 @@ def quantize_rows_kernel(
     OUTLIERS: tl.constexpr,
     OUTLIER_BLOCK: tl.constexpr,
     LARGEST: tl.constexpr,
+    E2M1: tl.constexpr,
     OUTLIER_LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PER_TOKEN: tl.constexpr,
@@ -305,6 +328,7 @@ def quantize_rows_kernel(
             GROUP_SIZE,
             INT8_GROUPS,
             LARGEST,
+            E2M1,
             OUTLIER_LARGEST,
             BLOCK,
             PER_TOKEN,
@@ -322,7 +346,7 @@ def quantize_rows_kernel(
                         outliers, OUTLIER_BLOCK // OUTLIER_ROTATION, OUTLIER_ROTATION
                     )
                 outlier_codes, outlier_scale = _quantize(
-                    outliers, outlier_clip_over_largest, OUTLIER_LARGEST, AXIS=0
+                    outliers, outlier_clip_over_largest, OUTLIER_LARGEST, 0, E2M1=False
                 )
                 tl.store(codes_row + NUM_GROUPS * GROUP_SIZE + lane, outlier_codes, mask=live_lane)
                 outlier_row = tl.cast(1 if PER_TOKEN else NUM_GROUPS, tl.int64)
@@ -348,9 +372,10 @@ def launch(
     activation: str = "none",
     norm: Norm | None = None,
     dtype: torch.dtype | None = None,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     """x and `up` (*, K) -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
-    bits, group_size, outlier_channels, clip, int8_groups, rotation, per_token = numbers
+    _, group_size, outlier_channels, clip, int8_groups, rotation, per_token = numbers
     layout = numbers.layout(x.shape[-1])
     codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
     scale = x.new_empty(layout.num_scales, *x.shape[:-1], dtype=torch.float32)
@@ -365,7 +390,7 @@ def launch(
     block = max(group_size, triton.next_power_of_2(layout.width))
     if not whole_row:
         block = min(block, max(group_size, 2048))
-    largest, outlier_largest = 2 ** (bits - 1) - 1, 2 ** (OUTLIER_BITS - 1) - 1
+    largest, outlier_largest = numbers.largest(format), 2 ** (OUTLIER_BITS - 1) - 1
     num_groups, outlier_rotation = layout.num_groups, outlier_block(outlier_channels, rotation)
     ragged = layout.padded_width != layout.width
     if (
@@ -403,6 +428,7 @@ def launch(
         OUTLIERS=outlier_channels,
         OUTLIER_BLOCK=triton.next_power_of_2(max(outlier_channels, 1)),
         LARGEST=largest,
+        E2M1=format == "e2m1",
         OUTLIER_LARGEST=outlier_largest,
         BLOCK=block,
         PER_TOKEN=per_token,

@@ -229,7 +229,7 @@ def weight_only_kernel(
             )  # fmt: skip
             sums = tl.dot(low, x_low, sums, input_precision="ieee")
             sums = tl.dot(high, x_high, sums, input_precision="ieee")
-        # tensor cores that multiply e4m3 keep some 14 bits of a sum: no more than a step's is theirs
+        # tensor cores that multiply e4m3 keep some 14 bits: they add up a step and no more
         if SCALE == "row":
             acc += sums
         else:

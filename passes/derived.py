@@ -188,6 +188,11 @@ two, and how many of the operands are the activation's."""
 _MOST_AT_ONCE = 2**22  # numbers of a weight that are rounded at a time: 16 MiB for each in float32
 
 
+def named_format(format: str) -> dict[str, str]:
+    """The keywords of an operator on numbers of that format; integers need none."""
+    return {} if format == "int" else {"format": format}
+
+
 def operands_of(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The activation's operands of a product and its packed weight's, without the bias."""
     count = PRODUCTS[product.target]  # type: ignore[index]
@@ -236,7 +241,7 @@ class PackedLinear:
 
     @property
     def named(self) -> dict[str, str]:
-        return {} if self.format == "int" else {"format": self.format}
+        return named_format(self.format)
 
     @property
     def kind(self) -> type[AnyWeight]:
@@ -306,7 +311,7 @@ class PackedLinear:
             return pack_rows(columns, self.layout, self.format)
         if self.layout.per_token:
             return pack_two_level(columns, self.layout)
-        return pack_weight(columns, self.layout, self.bits, self.clip)
+        return pack_weight(columns, self.layout, self.bits, self.clip, self.format)
 
     def _rounded(self, weight: WeightRef, tensors: Mapping[Node, Tensor]) -> AnyWeight | None:
         """What calibration made of this very weight, under this transform."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -16,7 +16,14 @@ from ..kernels.quantize import quantize
 from ..kernels.quantize_e4m3 import quantize_e4m3
 from ..kernels.reorder import reorder
 from ..kernels.rotate import rotate
-from .derived import ChannelOrder, InputTransform, LinearPart, PackedLinear, WeightRef
+from .derived import (
+    ChannelOrder,
+    InputTransform,
+    LinearPart,
+    PackedLinear,
+    WeightRef,
+    named_format,
+)
 from .graphs import call, fake_mode, placeholder, value
 from .plan import PlannedLinear
 
@@ -35,7 +42,8 @@ def insert_quantization(
           codes, scale = atom.quantize(r, ...)
           y = atom.linear(codes, scale, *packed_weight, bias, None, dtype)
 
-    or atom.two_level_linear, if the scheme says so. If its activations are in e4m3:
+    or atom.two_level_linear, if the scheme says so; with format=... of weights and activations that
+    are no integers. If its activations are in e4m3:
 
       ->  codes, scale = atom.quantize_e4m3(x)
           y = atom.float8_linear(codes, scale, *packed_weight, bias, None, dtype, format=...)
@@ -91,20 +99,25 @@ def _quantized(
     """Codes and scale of x, whose channels are in order."""
     like = plan.found.node
     if scheme.activation_format == "e4m3":
-        return quantized_pair(graph, quantize_e4m3, (x,), like=like)
+        return quantized_pair(graph, quantize_e4m3, (x,), like, {})
     cut = (transform.cut.group_size, transform.cut.outlier_channels)
     if transform.rotation:
         x = call(graph, rotate, (x, *cut, transform.rotation), like=like)
     clip, eights, per_token = plan.activation_clip, plan.int8_groups, transform.cut.per_token
     numbers = (scheme.activation_bits, *cut, clip, eights, 0, per_token)
-    return quantized_pair(graph, quantize, (x, *numbers), like=like)
+    named = named_format(scheme.activation_format)
+    return quantized_pair(graph, quantize, (x, *numbers), like, named)
 
 
 def quantized_pair(
-    graph: Graph, target: torch._ops.OpOverload, args: tuple[object, ...], like: Node
+    graph: Graph,
+    target: torch._ops.OpOverload,
+    args: tuple[object, ...],
+    like: Node,
+    named: Mapping[str, Any],
 ) -> tuple[Node, Node]:
     """A quantize operator and its two results, codes and scale."""
-    pair = call(graph, target, args, like)
+    pair = call(graph, target, args, like, **named)
     codes = call(graph, operator.getitem, (pair, 0), like)
     scale = call(graph, operator.getitem, (pair, 1), like)
     return codes, scale

@@ -60,30 +60,29 @@ def _fuse(node: Node, record: Record) -> None:
     norm = match_norm(y) if alone else None
     gate = match_gate(y) if alone else None
     attended = _match_attention(y) if alone else None
+    args: tuple[Any, ...]
     with graph.inserting_before(node):
         if norm is not None:
             target, name = norm_quantize, "norm"
             shape = (norm.weight, norm.bias, order, norm.eps, norm.center, norm.round_normed)
-            pair = quantized_pair(
-                graph, target, (norm.x, *shape, value(y).dtype, *numbers), like=node
-            )
+            args = (norm.x, *shape, value(y).dtype, *numbers)
         elif gate is not None:
             target, name = gated_quantize, f"{gate.activation} gate" if gate.up else gate.activation
-            pair = quantized_pair(
-                graph, target, (gate.gate, gate.up, order, gate.activation, *numbers), like=node
-            )
+            args = (gate.gate, gate.up, order, gate.activation, *numbers)
         elif attended is not None:
             target, name = attention_quantize, "attention"
-            pair = quantized_pair(graph, target, (*attended.args, order, *numbers), like=node)
-            pair[0].args[0].meta["atom_attention"] = attended.meta["atom_attention"]
+            args = (*attended.args, order, *numbers)
         elif order is not None:
             target, name = reorder_quantize, "reorder"
-            pair = quantized_pair(graph, target, (y, order, *numbers), like=node)
+            args = (y, order, *numbers)
         elif reader is not node:
             target, name = quantize, "rotation"
-            pair = quantized_pair(graph, target, (y, *numbers), like=node)
+            args = (y, *numbers)
         else:
             return
+        pair = quantized_pair(graph, target, args, node, node.kwargs)
+        if attended is not None and target is attention_quantize:
+            pair[0].args[0].meta["atom_attention"] = attended.meta["atom_attention"]
     quantized = node.args[0]
     readers = _replace_pair(node, pair)
     erase_unused(quantized)

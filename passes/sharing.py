@@ -52,7 +52,8 @@ def _deduplicate(graph: Graph) -> None:
         quantized = is_call(node, operator.getitem) and is_call(node.args[0], *_QUANTIZE)
         if not quantized and not is_call(node, reorder, rotate, *_QUANTIZE):
             continue
-        first = seen.setdefault((node.target, node.args), node)
+        named = tuple(sorted(node.kwargs.items()))
+        first = seen.setdefault((node.target, node.args, named), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)

@@ -78,6 +78,9 @@ def test_bytes_are_those_of_the_packed_weight() -> None:
     weight, scheme = torch.randn(N, K), Scheme()
     packed = pack_weight(weight, scheme.layout(K), 4, 0.85)
     assert layer._packed_bytes(N, K, scheme) == sum(tensor.nbytes for tensor in packed)
+    of_e2m1 = pack_weight(weight, scheme.layout(K), 4, 1.0, "e2m1")
+    of_both = [layer._packed_bytes(N, K, Scheme.preset(name)) for name in ("w4a4", "w4a4-fp4")]
+    assert of_both == 2 * [sum(tensor.nbytes for tensor in of_e2m1)]
     presets = [Scheme.preset(name) for name in ("w4a16", "w6a16", "mxfp4", "nvfp4")]
     for scheme in (*presets, WEIGHT_ONLY):
         numbers = scheme.symmetric, scheme.weight_format
@@ -101,6 +104,15 @@ def test_linears_in_float8() -> None:
         assert row.arithmetic == ("16-bit" if row.variant == "baseline" else "8-bit")
     with pytest.raises(OptionError, match="only linears are timed"):
         bench.run(TINY, scheme="w6a8", device="cpu", level="operators", only=["norm"])
+
+
+def test_operators_of_e2m1_pass_their_gates() -> None:
+    with torch.compiler.set_stance("force_eager"):
+        result = bench.run(
+            TINY, tokens=[5], scheme="w4a4-fp4", device="cpu", level="operators", quick=True
+        )
+    assert result.failures == [] and result.ops == OPS[:-1]
+    assert all(row.error is not None and row.error <= row.error_limit for row in result.rows)
 
 
 @pytest.mark.parametrize("scheme", [WEIGHT_ONLY, "w5a16", "nvfp4"])

@@ -157,7 +157,17 @@ def test_files_of_the_first_format_load(
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16", "w6a8", "mxfp4", "nvfp4"],
+    [
+        "w4a4",
+        "w4a4-fp4",
+        "w4a4-rotated",
+        "w4a8-two-level",
+        "w4a16",
+        "w6a16",
+        "w6a8",
+        "mxfp4",
+        "nvfp4",
+    ],
 )
 def test_it_packs_while_it_loads(
     scheme: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

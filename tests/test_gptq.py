@@ -22,6 +22,7 @@ from atom_compile.kernels.formats import (
 )
 from atom_compile.kernels.packing import (
     GroupLayout,
+    PackedWeight,
     dequantize_float_weight,
     dequantize_weight,
     pack_float_weight,
@@ -144,6 +145,17 @@ def test_without_correlations_codes_of_blocks_are_the_nearest(format: str) -> No
             assert got is want
         else:
             assert torch.equal(got, want)
+
+
+def test_a_weight_of_e2m1_for_quantized_activations_keeps_its_outliers() -> None:
+    layout = GroupLayout(344, 128, 48)
+    weight, x = torch.randn(8, 344), correlated(1024, 344)
+    hessian = x.t() @ x / len(x)
+    packed, _ = round_weight(weight, hessian, layout, 4, format="e2m1")
+    want, _ = round_float_weight(weight, hessian, layout, E2M1)
+    assert isinstance(packed, PackedWeight)
+    got = dequantize_weight(packed, layout, "e2m1")
+    assert torch.equal(got, dequantize_float_weight(want, layout, E2M1))
 
 
 def test_codes_belong_to_the_scales_that_are_stored() -> None:

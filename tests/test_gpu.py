@@ -27,7 +27,9 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16", "w6a16", "w6a8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a4", "w4a4-fp4", "w4a8", "w4a16", "w6a16", "w6a8", "mxfp4", "nvfp4"]
+)
 @pytest.mark.parametrize("make", [tiny_llama, HandWritten])
 @pytest.mark.parametrize("length", [1, 12, 100])
 @torch.no_grad()
@@ -41,7 +43,7 @@ def test_kernels_agree_with_the_references(make: Any, scheme: str, length: int) 
     assert relative_error(got.cpu(), wanted) < 1e-2
 
 
-@pytest.mark.parametrize("scheme", ["w4a4", "w4a4-rotated", "w4ax", "w4a8-two-level"])
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a4-fp4", "w4a4-rotated", "w4ax", "w4a8-two-level"])
 def test_calibration_agrees_with_the_cpu_and_repeats(scheme: str) -> None:
     model, batches = tiny_llama(layers=1), [token_batch(4, 64), token_batch(4, 64)]
     wanted = atom_compile.calibrate(model, batches, scheme, progress=False)

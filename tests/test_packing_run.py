@@ -143,7 +143,7 @@ def test_doctor_says_what_there_is() -> None:
 
 
 def test_doctor_tells_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*arguments: Any) -> torch.Tensor:
+    def wrong(*arguments: Any, **named: Any) -> torch.Tensor:
         return torch.zeros(64, 256)
 
     def broken(*arguments: Any) -> torch.Tensor:

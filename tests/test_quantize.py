@@ -27,8 +27,8 @@ from atom_compile.scheme import Scheme
 from .capturing import reference_output, token_batch
 from .models import HandWritten, tiny_llama
 
-SCHEMES = ["w4a4", "w4ax", "w4a8", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16", "w6a8"]
-SCHEMES += ["nvfp4"]
+SCHEMES = ["w4a4", "w4a4-fp4", "w4ax", "w4a8", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"]
+SCHEMES += ["w6a8", "nvfp4"]
 
 
 def hand_written(**options: Any) -> HandWritten:

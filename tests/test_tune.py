@@ -87,6 +87,13 @@ def test_schemes_without_integer_activations_are_refused(
         next(tuning.tune([TINY], scheme=scheme, device="cpu", folder=tmp_path))
 
 
+def test_weights_of_other_formats_are_served_by_what_integers_were_tuned_for(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(OptionError, match="INT4 weights and serve e2m1 as well"):
+        next(tuning.tune([TINY], scheme="w4a4-fp4", device="cpu", folder=tmp_path))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_the_command_says_that_it_needs_a_gpu() -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["tune"])

@@ -44,6 +44,7 @@ from ..kernels.packing import (
 )
 from ..kernels.quantize_e4m3 import quantize_e4m3
 from ..kernels.reorder import reorder
+from ..passes.derived import named_format
 from .cases import OTHER_ROUNDING, SAME_ROUNDING, Case, Draw, Setting, checked_tokens
 from .peers import PEERS, peer_case, peer_weights
 
@@ -106,7 +107,8 @@ def _linear_cases(setting: Setting, op: str, N: int, K: int) -> Iterator[Case]:
             return pack_rows(weight, layout, scheme.weight_format)
         if layout.per_token:
             return pack_two_level(weight, layout)
-        return pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
+        of_four_bits = scheme.weight_bits, scheme.weight_clip, scheme.weight_format
+        return pack_weight(weight, layout, *of_four_bits)
 
     of_peers = peer_weights(setting, N, K)
     for M in setting.tokens:
@@ -211,13 +213,14 @@ def _quantized_cases(
 ) -> list[Case]:
     dtype, layout, numbers = setting.dtype, setting.scheme.layout(K), _quantize_numbers(setting, K)
     checked = checked_tokens(setting, M)
+    format, of_weight = setting.scheme.activation_format, named_format(setting.scheme.weight_format)
     product: Any = two_level_linear if layout.per_token else linear
-    multiply = two_level_linear.two_level_linear if layout.per_token else linear.linear
+    multiply: Any = two_level_linear.two_level_linear if layout.per_token else linear.linear
     called = "atom.two_level_linear" if layout.per_token else "atom.linear"
 
     def reference(codes: Tensor, scale: Tensor, *packed: Tensor) -> Tensor:
         arguments: tuple[Any, ...] = (codes[checked], scale[:, checked], *packed, None, None, dtype)
-        out: Tensor = product.reference(*arguments)
+        out: Tensor = product.reference(*arguments, **of_weight)
         return out
 
     ours = functools.partial(
@@ -232,18 +235,25 @@ def _quantized_cases(
             runs=f"atom.quantize, {called}",
             inputs=lambda draw: (draw.normal(M, K), *packed(draw.index)),
             function=lambda x, *packed: multiply(
-                *quantize.quantize(x, *numbers), *packed, None, None, dtype
+                *quantize.quantize(x, *numbers, format=format),
+                *packed,
+                None,
+                None,
+                dtype,
+                **of_weight,
             ),
-            reference=lambda x, *packed: reference(*quantize.reference(x, *numbers), *packed),
+            reference=lambda x, *packed: reference(
+                *quantize.reference(x, *numbers, format=format), *packed
+            ),
         ),
         ours(
             variant="fused",
             runs=f"{called}, its input arriving quantized",
             inputs=lambda draw: (
-                *quantize.reference(draw.normal(M, K), *numbers),
+                *quantize.reference(draw.normal(M, K), *numbers, format=format),
                 *packed(draw.index),
             ),
-            function=lambda *inputs: multiply(*inputs, None, None, dtype),
+            function=lambda *inputs: multiply(*inputs, None, None, dtype, **of_weight),
             reference=reference,
         ),
     ]
@@ -262,8 +272,12 @@ def _norm_cases(setting: Setting, M: int) -> list[Case]:
         tensors=lambda draw: (draw.normal(M, K), draw.norm_weight(K)),
         baseline=_rms_norm,
         unfused=by_inductor(_rms_norm_reorder_quantize),
-        fused=lambda *inputs: norm_quantize.norm_quantize(*arguments(*inputs)),
-        reference=lambda *inputs: norm_quantize.reference(*arguments(*inputs)),
+        fused=lambda *inputs, format: norm_quantize.norm_quantize(
+            *arguments(*inputs), format=format
+        ),
+        reference=lambda *inputs, format: norm_quantize.reference(
+            *arguments(*inputs), format=format
+        ),
         runs=("RMSNorm", "RMSNorm, atom.reorder, atom.quantize", "atom.norm_quantize"),
     )
 
@@ -281,8 +295,12 @@ def _silu_mul_cases(setting: Setting, M: int) -> list[Case]:
         tensors=lambda draw: draw.normal(M, 2 * K).chunk(2, dim=-1),
         baseline=_silu_mul,
         unfused=by_inductor(_silu_mul_reorder_quantize),
-        fused=lambda *inputs: gated_quantize.gated_quantize(*arguments(*inputs)),
-        reference=lambda *inputs: gated_quantize.reference(*arguments(*inputs)),
+        fused=lambda *inputs, format: gated_quantize.gated_quantize(
+            *arguments(*inputs), format=format
+        ),
+        reference=lambda *inputs, format: gated_quantize.reference(
+            *arguments(*inputs), format=format
+        ),
         runs=("SiLU * up", "SiLU * up, atom.reorder, atom.quantize", "atom.gated_quantize"),
         order_is_folded=True,
     )
@@ -296,7 +314,9 @@ def _o_proj_input_cases(setting: Setting, M: int) -> list[Case]:
         (M, K),
         tensors=lambda draw: (draw.normal(M, K),),
         baseline=None,
-        unfused=lambda x, order, *numbers: quantize.quantize(reorder(x, order), *numbers),
+        unfused=lambda x, order, *numbers, format: quantize.quantize(
+            reorder(x, order), *numbers, format=format
+        ),
         fused=quantize.reorder_quantize,
         reference=quantize.reorder_reference,
         runs=("", "atom.reorder, atom.quantize", "atom.reorder_quantize"),
@@ -319,6 +339,7 @@ def _quantizing_cases(
     """Of variants that all take `tensors`, and but for the baseline an order and the numbers."""
     M, K = size
     layout, numbers = setting.scheme.layout(K), _quantize_numbers(setting, K)
+    format = setting.scheme.activation_format
 
     def restored(outputs: tuple[Tensor, Tensor]) -> Tensor:
         codes, scale = outputs
@@ -327,7 +348,7 @@ def _quantizing_cases(
     case = functools.partial(Case, op=op, M=M, N=None, K=K)
     quantizing_case = functools.partial(
         case,
-        reference=lambda *inputs: restored(reference(*inputs, *numbers)),
+        reference=lambda *inputs: restored(reference(*inputs, *numbers, format=format)),
         observe=lambda outputs, *_: restored(outputs),
     )
     cases = [
@@ -335,14 +356,14 @@ def _quantizing_cases(
             variant="unfused",
             runs=runs[1],
             inputs=lambda draw: (*tensors(draw), draw.order(K)),
-            function=lambda *inputs: unfused(*inputs, *numbers),
+            function=lambda *inputs: unfused(*inputs, *numbers, format=format),
             limit=OTHER_ROUNDING,
         ),
         quantizing_case(
             variant="fused",
             runs=runs[2],
             inputs=lambda draw: (*tensors(draw), None if order_is_folded else draw.order(K)),
-            function=lambda *inputs: fused(*inputs, *numbers),
+            function=lambda *inputs: fused(*inputs, *numbers, format=format),
             limit=SAME_ROUNDING,
         ),
     ]
@@ -366,16 +387,20 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return norm_quantize.norm(x, weight, None, _EPS, False, True, x.dtype)
 
 
-def _rms_norm_reorder_quantize(x: Tensor, weight: Tensor, order: Tensor, *numbers: Any) -> Any:
-    return quantize.quantize(reorder(_rms_norm(x, weight), order), *numbers)
+def _rms_norm_reorder_quantize(
+    x: Tensor, weight: Tensor, order: Tensor, *numbers: Any, format: str
+) -> Any:
+    return quantize.quantize(reorder(_rms_norm(x, weight), order), *numbers, format=format)
 
 
 def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _silu_mul_reorder_quantize(gate: Tensor, up: Tensor, order: Tensor, *numbers: Any) -> Any:
-    return quantize.quantize(reorder(_silu_mul(gate, up), order), *numbers)
+def _silu_mul_reorder_quantize(
+    gate: Tensor, up: Tensor, order: Tensor, *numbers: Any, format: str
+) -> Any:
+    return quantize.quantize(reorder(_silu_mul(gate, up), order), *numbers, format=format)
 
 
 def by_inductor(function: Callable[..., Any]) -> Callable[..., Any]:

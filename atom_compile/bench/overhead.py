@@ -34,6 +34,7 @@ from ..kernels import (
     weight_only_linear,
 )
 from ..kernels.packing import pack_grouped, pack_rows, pack_weight
+from ..passes.derived import named_format
 from ..scheme import Scheme
 from .cases import Setting
 from .result import describe_environment, save_files
@@ -115,12 +116,15 @@ def run_overhead(
     with torch.no_grad(), Progress(console=console, disable=console is None) as progress:
         calls = _calls(setting)
         task = progress.add_task("", total=len(calls))
-        for op, operator, launcher, arguments in calls:
+        for op, operator, launcher, arguments, format in calls:
             progress.update(task, description=op)
-            low, median, high = _host_times(operator, arguments, place, samples)
+            named = named_format(format)
+            timed = functools.partial(operator, **named)
+            low, median, high = _host_times(timed, arguments, place, samples)
             launched = None
             if launcher and place.type == "cuda":
-                launched = _host_times(launcher, arguments, place, samples)[1]
+                timed = functools.partial(launcher, **named)
+                launched = _host_times(timed, arguments, place, samples)[1]
             rows.append(
                 OverheadRow(
                     op=op,
@@ -138,6 +142,7 @@ class _Call(NamedTuple):
     operator: Callable[..., Any]
     launcher: Callable[..., Any] | None
     arguments: tuple[Any, ...]
+    format: str = "int"
 
 
 def _calls(setting: Setting) -> list[_Call]:
@@ -155,31 +160,30 @@ def _calls(setting: Setting) -> list[_Call]:
         format = scheme.weight_format
         weights = scheme.weight_bits, scheme.weight_clip, scheme.symmetric, format
         arguments = x, *pack_grouped(weight, layout, *weights), None, None, dtype
-        ours = functools.partial(weight_only_linear.weight_only_linear, format=format)
-        launcher = functools.partial(weight_only_linear.launch, format=format)
-        return [_Call("weight_only_linear", ours, launcher, arguments), *others]
+        ours = weight_only_linear.weight_only_linear, weight_only_linear.launch
+        return [_Call("weight_only_linear", *ours, arguments, format), *others]
     if scheme.activation_format == "e4m3":
         format = scheme.weight_format
         rows = pack_rows(weight, layout, format)
         product = *quantize_e4m3.reference(x), *rows, None, None, dtype
-        ours = functools.partial(float8_linear.float8_linear, format=format)
-        launcher = functools.partial(float8_linear.launch, format=format)
+        multiply = float8_linear.float8_linear, float8_linear.launch
         return [
-            _Call("float8_linear", ours, launcher, product),
+            _Call("float8_linear", *multiply, product, format),
             _Call("quantize_e4m3", quantize_e4m3.quantize_e4m3, None, (x,)),
             *others,
         ]
-    packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
-    operands = *quantize.reference(x, *numbers), *packed, None, None, dtype
+    of_weight = scheme.weight_bits, scheme.weight_clip, scheme.weight_format
+    format = scheme.activation_format
+    codes, scale = quantize.reference(x, *numbers, format=format)
+    operands = codes, scale, *pack_weight(weight, layout, *of_weight), None, None, dtype
     norm = draw.norm_weight(K), None, draw.order(K), 1e-5, False, True, dtype
+    normed = norm_quantize.norm_quantize, norm_quantize.launch
     gated = gated_quantize.gated_quantize, gated_quantize.launch
     return [
-        _Call("linear", linear.linear, linear.launch, operands),
-        _Call(
-            "norm_quantize", norm_quantize.norm_quantize, norm_quantize.launch, (x, *norm, *numbers)
-        ),
-        _Call("gated_quantize", *gated, (x, up, None, "silu", *numbers)),
-        _Call("quantize", quantize.quantize, quantize.launch, (x, *numbers)),
+        _Call("linear", linear.linear, linear.launch, operands, scheme.weight_format),
+        _Call("norm_quantize", *normed, (x, *norm, *numbers), format),
+        _Call("gated_quantize", *gated, (x, up, None, "silu", *numbers), format),
+        _Call("quantize", quantize.quantize, quantize.launch, (x, *numbers), format),
         *others,
     ]
 

@@ -22,7 +22,7 @@ KINDS = {
     "untouched": "left as it was",
     "reorder": "reorder",
     "quantize": "quantize",
-    "int4": "INT4 operator",
+    "int4": "low-bit operator",
     "fused": "fused operator",
     "attention": "attention and cache",
     "weight": "weight",

@@ -262,10 +262,19 @@ function showDetails(group) {
 
 // ---- layers
 
+/** As `numbers_of` in tables.py, without the outliers. */
+function numbers(row) {
+  const bits = `w${row.weight_bits}a${row.activation_bits}`;
+  const named = (format) => format && format !== "int";
+  if (named(row.weight_format) && row.weight_format === row.activation_format) return `${bits} ${row.weight_format}`;
+  const formats = [["weights", row.weight_format], ["activations", row.activation_format]];
+  return [bits, ...formats.filter(([, one]) => named(one)).map(([what, one]) => `${one} ${what}`)].join(", ");
+}
+
 const COLUMNS = [
   ["linear", (row) => row.name], ["N", (row) => row.out_features], ["K", (row) => row.in_features],
   ["operator", (row) => row.operator || "left as it was"], ["quantized by", (row) => row.quantized_by || "–"],
-  ["bits", (row) => (row.operator ? `w${row.weight_bits}a${row.activation_bits}` : "–")], ["outliers", (row) => row.outlier_channels],
+  ["bits", (row) => (row.operator ? numbers(row) : "–")], ["outliers", (row) => row.outlier_channels],
   ["bytes before", (row) => row.weight_bytes_before], ["bytes after", (row) => row.weight_bytes_after],
   ...(data.layers.some((row) => row.error !== null) ? [["error", (row) => row.error]] : []),
   ["remarks", (row) => row.remarks.join("\n")],

@@ -56,11 +56,20 @@ def simple_table(title: str, *columns: Column | str) -> Table:
 
 
 def numbers_of(layer: Data) -> str:
-    """ "w4a4, 32 outliers" """
+    """ "w4a4, 32 outliers", "w4a4 e2m1, 32 outliers" or "w6a16, e2m3 weights" """
     if layer["weight_bits"] is None:
         return "-"
     bits = f"w{layer['weight_bits']}a{layer['activation_bits']}"
-    return f"{bits}, {layer['outlier_channels']} outliers" if layer["outlier_channels"] else bits
+    # reports of older versions have no formats
+    formats = {what: layer.get(f"{what}_format") or "int" for what in ("weight", "activation")}
+    named = {what: format for what, format in formats.items() if format != "int"}
+    if len(named) == 2 and len(set(named.values())) == 1:
+        parts = [f"{bits} {named['weight']}"]
+    else:
+        parts = [bits, *(f"{format} {what}s" for what, format in named.items())]
+    if layer["outlier_channels"]:
+        parts.append(f"{layer['outlier_channels']} outliers")
+    return ", ".join(parts)
 
 
 def megabytes(count: float) -> str:

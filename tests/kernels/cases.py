@@ -20,6 +20,7 @@ few_examples = settings(
 
 seeds = st.integers(0, 2**32 - 1)
 tokens = st.sampled_from([0, 1, 3, 5])
+four_bit_formats = st.sampled_from(["int", "e2m1"])
 dtypes = st.sampled_from(DTYPES)
 layouts = st.builds(
     GroupLayout,

@@ -125,6 +125,10 @@ def main(capability: int) -> None:
         gated_quantize.launch(x, x, order, "gelu", *ragged, 2, 16)
         per_token = (8, 128, 128, 1.0, 0, 128, True)
         quantize.launch(x, *per_token)
+        quantize.launch(x, *numbers, format="e2m1")
+        gated_quantize.launch(x, x, order, "silu", *ragged, 2, format="e2m1")
+        norm = weight, None, order, 1e-6, False, True, x.dtype
+        norm_quantize.launch(x, *norm, *numbers, format="e2m1")
         patch.setattr(rows, "_MANY_ROWS", 1)
         for one in (numbers, ragged, per_token):
             norm_quantize.launch(x, weight, None, order, 1e-6, False, True, x.dtype, *one)
@@ -134,6 +138,11 @@ def main(capability: int) -> None:
             codes, scale = quantize.reference(torch.randn(M, K), *numbers)
             residual = torch.zeros(M, N, dtype=torch.bfloat16)
             linear.launch(codes, scale, *packed, torch.zeros(N), residual, torch.bfloat16)
+        of_e2m1 = packing.pack_weight(torch.randn(N, K), layout, 4, 1.0, "e2m1")
+        for M in (1, 16, 64, 300):
+            codes, scale = quantize.reference(torch.randn(M, K), *numbers, format="e2m1")
+            operands = codes, scale, *of_e2m1, None, None, torch.bfloat16
+            linear.launch(*operands, format="e2m1")
         some_rows = packing.narrow_rows(packed, 64, 1024)
         linear.launch(codes, scale, *some_rows, None, None, torch.bfloat16)
         if capability == 90:
@@ -141,7 +150,9 @@ def main(capability: int) -> None:
             patch.setattr(linear_hopper, "linear_hopper_kernel", kernel)
             codes, scale = quantize.reference(torch.randn(300, K), *numbers)
             extras = torch.zeros(N), torch.zeros(300, N, dtype=torch.bfloat16), torch.bfloat16
-            linear.launch(codes, scale, *packed, *extras, linear_hopper.HopperTiling(128, 1))
+            tiling = linear_hopper.HopperTiling(128, 1)
+            linear.launch(codes, scale, *packed, *extras, tiling)
+            linear.launch(codes, scale, *of_e2m1, *extras, tiling, format="e2m1")
             plain = packing.GroupLayout(K, 128, 0)
             codes_plain, scale_plain = quantize.reference(torch.randn(300, K), 4, 128, 0, 0.9)
             packed_plain = packing.pack_weight(torch.randn(N, K), plain, bits=4, clip=0.85)
@@ -262,6 +273,7 @@ def compile_attention(D: int, bits: int, groups: int, tokens: int, plain: bool) 
         order = torch.zeros(8 * D, dtype=torch.int32)
         attention_quantize.launch(*arguments, order, 4, 128, 128, 0.9)
         attention_quantize.launch(*arguments, order, 4, 128, 128, 0.9, 0, 128)
+        attention_quantize.launch(*arguments, order, 4, 128, 128, 0.9, format="e2m1")
     else:
         attention.launch(*arguments)
 

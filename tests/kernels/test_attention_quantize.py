@@ -32,12 +32,15 @@ def launch(
     order: Tensor | None,
     splits: int | None = None,
     numbers: tuple[Any, ...] = NUMBERS,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     device = kernel_device()
     tiling = None if splits is None else DecodeTiling(16, splits, 1, 1)
     order = order if order is None else order.to(device)
     with poisoned_memory():
-        return attention_quantize.launch(*moved(args, device), order, *numbers, tiling=tiling)
+        return attention_quantize.launch(
+            *moved(args, device), order, *numbers, tiling=tiling, format=format
+        )
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
@@ -95,6 +98,21 @@ def test_int8_groups_and_a_scale_per_token(splits: int, numbers: tuple[Any, ...]
     assert_quantized_alike(launch(args, order, splits, numbers), want, rtol=1e-3)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("int8_groups", [0, 2])
+def test_codes_of_e2m1(splits: int, int8_groups: int) -> None:
+    args, order, device = arguments([40], heads=(4, 2)), random_order(256), kernel_device()
+    got = launch(args, order, splits, (*NUMBERS, int8_groups), "e2m1")
+    tiling = DecodeTiling(16, splits, 1, 1)
+    attended = attention.launch(*moved(args, device), tiling=tiling).cpu()
+    attended = attended.transpose(1, 2).flatten(2)
+    numbers = (*NUMBERS, int8_groups)
+    want = quantize.reorder_reference(attended, order, *numbers, format="e2m1")
+    assert_quantized_alike(got, want)
+    close = attention_quantize.reference(*args, order, *numbers, format="e2m1")
+    torch.testing.assert_close(close[1], want[1], rtol=1e-3, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ordered", [False, True])
 def test_operator_passes_opcheck(dtype: torch.dtype, ordered: bool) -> None:
@@ -103,6 +121,7 @@ def test_operator_passes_opcheck(dtype: torch.dtype, ordered: bool) -> None:
     operator = torch.ops.atom.attention_quantize.default
     torch.library.opcheck(operator, (*args, order, *NUMBERS))
     torch.library.opcheck(operator, (*args, order, *NUMBERS, 2))
+    torch.library.opcheck(operator, (*args, order, *NUMBERS), {"format": "e2m1"})
 
 
 @pytest.mark.gpu

@@ -65,6 +65,23 @@ def test_int8_groups(int8_groups: int) -> None:
     assert_quantized_alike(got, want)
 
 
+@few_examples
+@given(tokens, layouts, dtypes, st.integers(0, 2), st.booleans(), seeds)
+def test_codes_of_e2m1(
+    tokens: int, layout: GroupLayout, dtype: torch.dtype, wide: int, reordered: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    gate, up = torch.randn(2, tokens, layout.width, dtype=dtype)
+    order = random_order(layout.width) if reordered else None
+    numbers = ("relu", 4, layout.group_size, layout.outlier_channels, 1.0, wide)
+    want = gated_quantize.reference(gate, up, order, *numbers, format="e2m1")
+    device = kernel_device()
+    order = None if order is None else order.to(device)
+    with poisoned_memory():
+        got = gated_quantize.launch(gate.to(device), up.to(device), order, *numbers, format="e2m1")
+    assert_quantized_alike(got, want)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("activation", sorted(gated_quantize.ACTIVATIONS))
 def test_a_poisoned_token_poisons_no_other(activation: str) -> None:
@@ -82,6 +99,8 @@ def test_operator_passes_opcheck() -> None:
     operator = torch.ops.atom.gated_quantize.default
     torch.library.opcheck(operator, (gate, up, None, "silu", 4, 128, 16, 0.9))
     torch.library.opcheck(operator, (gate, up, None, "silu", 4, 128, 16, 0.9, 2))
+    named = {"format": "e2m1"}
+    torch.library.opcheck(operator, (gate, up, None, "silu", 4, 128, 16, 0.9), named)
     torch.library.opcheck(operator, (gate, None, random_order(344), "gelu", 4, 128, 16, 0.9))
 
 

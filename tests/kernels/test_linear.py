@@ -17,6 +17,7 @@ from .cases import (
     DTYPES,
     dtypes,
     few_examples,
+    four_bit_formats,
     kernel_device,
     layouts,
     poisoned_memory,
@@ -52,13 +53,15 @@ def arguments(
     residual: bool = False,
     bits: int = 4,
     device: torch.device | None = None,
+    format: str = "int",
 ) -> Arguments:
     device = device or torch.device("cpu")
     weight = packing.pack_weight(
-        torch.randn(N, layout.width, device=device), layout, bits=4, clip=0.85
+        torch.randn(N, layout.width, device=device), layout, bits=4, clip=0.85, format=format
     )
     x = torch.randn(*shape, layout.width, device=device)
-    codes, scale = quantize.reference(x, bits, layout.group_size, layout.outlier_channels, 0.9)
+    numbers = bits, layout.group_size, layout.outlier_channels, 0.9
+    codes, scale = quantize.reference(x, *numbers, format=format if bits == 4 else "int")
     return Arguments(
         codes,
         scale,
@@ -92,6 +95,7 @@ def assert_alike(got: Tensor, want: Tensor) -> None:
     st.booleans(),
     st.booleans(),
     st.sampled_from([4, 8]),
+    four_bit_formats,
     seeds,
 )
 def test_kernel_agrees_with_the_reference(
@@ -102,22 +106,34 @@ def test_kernel_agrees_with_the_reference(
     bias: bool,
     residual: bool,
     bits: int,
+    format: str,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    args = arguments((2, tokens), N, layout, dtype, bias, residual, bits)
+    args = arguments((2, tokens), N, layout, dtype, bias, residual, bits, format=format)
     with poisoned_memory():
-        got = linear.launch(*args.to(kernel_device()))
-    assert_alike(got, linear.reference(*args))
+        got = linear.launch(*args.to(kernel_device()), format=format)
+    assert_alike(got, linear.reference(*args, format=format))
+
+
+@pytest.mark.parametrize("format", ["int", "e2m1"])
+def test_one_group_of_one_scale_is_exact(format: str) -> None:
+    args = arguments((3,), 40, GroupLayout(128, 128, 0), format=format)
+    ones = (torch.ones_like(args.scale), torch.ones_like(args.weight_scale))
+    args = args._replace(scale=ones[0], weight_scale=ones[1])
+    got = linear.launch(*args.to(kernel_device()), format=format)
+    assert torch.equal(got.cpu(), linear.reference(*args, format=format))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tiling", [Tiling(64, 16, 2), Tiling(32, 32, 3), Tiling(128, 64, 1)])
-def test_kernel_in_other_tilings(tiling: Tiling, bias: bool) -> None:
-    args = arguments((35,), 150, GroupLayout(700, 128, 48), bias=bias, residual=bias)
+@pytest.mark.parametrize("format", ["int", "e2m1"])
+def test_kernel_in_other_tilings(format: str, tiling: Tiling, bias: bool) -> None:
+    layout = GroupLayout(700, 128, 48)
+    args = arguments((35,), 150, layout, bias=bias, residual=bias, format=format)
     with poisoned_memory():
-        got = linear.launch(*args.to(kernel_device()), tiling=tiling)
-    assert_alike(got, linear.reference(*args))
+        got = linear.launch(*args.to(kernel_device()), tiling=tiling, format=format)
+    assert_alike(got, linear.reference(*args, format=format))
 
 
 @few_examples
@@ -157,32 +173,35 @@ def test_residual_broadcasts_and_may_be_strided(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     "layout", [GroupLayout(352, 128, 16), GroupLayout(1376, 64, 0), GroupLayout(2817, 128, 128)]
 )
-def test_reference_is_the_product_of_the_dequantized(layout: GroupLayout) -> None:
-    args = arguments((7,), 33, layout, bias=True, residual=True)
+@pytest.mark.parametrize("format", ["int", "e2m1"])
+def test_reference_is_the_product_of_the_dequantized(layout: GroupLayout, format: str) -> None:
+    args = arguments((7,), 33, layout, bias=True, residual=True, format=format)
     x = packing.dequantize(args.codes, args.scale, layout).double()
-    weight = packing.dequantize_weight(PackedWeight(*args[2:6]), layout).double()
+    weight = packing.dequantize_weight(PackedWeight(*args[2:6]), layout, format).double()
     assert args.bias is not None and args.residual is not None
     want = x @ weight.t() + args.bias + args.residual
-    assert relative_error(linear.reference(*args), want) < 1e-6
+    assert relative_error(linear.reference(*args, format=format), want) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("channel", [0, 343])
-def test_a_poisoned_token_is_nan_and_no_other_is(poison: float, channel: int) -> None:
+@pytest.mark.parametrize("format", ["int", "e2m1"])
+def test_a_poisoned_token_is_nan_and_no_other_is(format: str, poison: float, channel: int) -> None:
     layout = GroupLayout(344, 128, 16)
-    args = arguments((3,), 70, layout, bias=True)
+    args = arguments((3,), 70, layout, bias=True, format=format)
     x = torch.randn(3, layout.width)
-    clean = linear.reference(*on_input(args, x))
+    clean = linear.reference(*on_input(args, x, format), format=format)
     x[1, channel] = poison
-    args = on_input(args, x)
-    for out in (linear.reference(*args), linear.launch(*args.to(kernel_device())).cpu()):
+    args = on_input(args, x, format)
+    launched = linear.launch(*args.to(kernel_device()), format=format)
+    for out in (linear.reference(*args, format=format), launched.cpu()):
         assert out[1].isnan().all()
         torch.testing.assert_close(out[::2], clean[::2], rtol=1e-5, atol=1e-4)
 
 
-def on_input(args: Arguments, x: Tensor) -> Arguments:
-    codes, scale = quantize.reference(x, 4, 128, 16, 0.9)
+def on_input(args: Arguments, x: Tensor, format: str) -> Arguments:
+    codes, scale = quantize.reference(x, 4, 128, 16, 0.9, format=format)
     return args._replace(codes=codes, scale=scale)
 
 
@@ -193,19 +212,20 @@ def test_operator_passes_opcheck(dtype: torch.dtype, outlier_channels: int) -> N
         (2, 3), 40, GroupLayout(344, 128, outlier_channels), dtype, bias=True, residual=True
     )
     torch.library.opcheck(torch.ops.atom.linear.default, args)
+    torch.library.opcheck(torch.ops.atom.linear.default, args, {"format": "e2m1"})
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("M", [1, 16, 17, 64, 300])
 @pytest.mark.parametrize(("N", "K"), [(4096, 14336), (6144, 4096)])
-def test_kernel_on_real_shapes(M: int, N: int, K: int, dtype: torch.dtype) -> None:
-    args = arguments(
-        (M,), N, GroupLayout(K, 128, 128), dtype, True, True, device=torch.device("cuda")
-    )
+@pytest.mark.parametrize("format", ["int", "e2m1"])
+def test_kernel_on_real_shapes(M: int, N: int, K: int, dtype: torch.dtype, format: str) -> None:
+    layout, device = GroupLayout(K, 128, 128), torch.device("cuda")
+    args = arguments((M,), N, layout, dtype, True, True, device=device, format=format)
     with poisoned_memory():
-        got = linear.launch(*args)
-    assert_alike(got, linear.reference(*args))
+        got = linear.launch(*args, format=format)
+    assert_alike(got, linear.reference(*args, format=format))
 
 
 @pytest.mark.gpu

@@ -35,17 +35,21 @@ on_hopper = pytest.mark.skipif(not is_hopper, reason="needs a GPU of compute cap
 @on_hopper
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tiling", tilings(two_level=False))
-def test_group_scales_agree_with_the_reference(layout: GroupLayout, tiling: HopperTiling) -> None:
+@pytest.mark.parametrize("format", ["int", "e2m1"])
+def test_group_scales_agree_with_the_reference(
+    layout: GroupLayout, tiling: HopperTiling, format: str
+) -> None:
     for M, N in SIZES:
         numbers = layout.group_size, layout.outlier_channels
-        codes, scale = quantize.reference(torch.randn(M, layout.width), 4, *numbers, 0.9)
-        packed = pack_weight(torch.randn(N, layout.width), layout, 4, 0.85)
+        x = torch.randn(M, layout.width)
+        codes, scale = quantize.reference(x, 4, *numbers, 0.9, format=format)
+        packed = pack_weight(torch.randn(N, layout.width), layout, 4, 0.85, format)
         extras = [None, None] if M % 2 else [torch.randn(N), torch.randn(M, N)]
         arguments: list[Any] = [codes, scale, *packed, *extras]
         moved: list[Any] = [None if one is None else one.cuda() for one in arguments]
         with poisoned_memory():
-            got = LAUNCH(*moved, torch.float32, tiling)
-        assert_alike(got, REFERENCE(*arguments, torch.float32))
+            got = LAUNCH(*moved, torch.float32, tiling, format=format)
+        assert_alike(got, REFERENCE(*arguments, torch.float32, format=format))
 
 
 @pytest.mark.gpu

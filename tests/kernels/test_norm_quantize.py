@@ -15,6 +15,7 @@ from .cases import (
     assert_quantized_alike,
     dtypes,
     few_examples,
+    four_bit_formats,
     kernel_device,
     layouts,
     poisoned_memory,
@@ -51,19 +52,27 @@ def norms(draw: st.DrawFn, width: int, dtype: torch.dtype) -> Arguments:
 
 
 def launch(
-    x: Tensor, arguments: Arguments, layout: GroupLayout, int8_groups: int = 0
+    x: Tensor,
+    arguments: Arguments,
+    layout: GroupLayout,
+    int8_groups: int = 0,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
     numbers = (4, layout.group_size, layout.outlier_channels, 0.9, int8_groups)
+    device = kernel_device()
     with poisoned_memory():
-        return norm_quantize.launch(x.to(kernel_device()), *arguments.to(kernel_device()), *numbers)
+        return norm_quantize.launch(x.to(device), *arguments.to(device), *numbers, format=format)
 
 
 def reference(
-    x: Tensor, arguments: Arguments, layout: GroupLayout, int8_groups: int = 0
+    x: Tensor,
+    arguments: Arguments,
+    layout: GroupLayout,
+    int8_groups: int = 0,
+    format: str = "int",
 ) -> tuple[Tensor, Tensor]:
-    return norm_quantize.reference(
-        x, *arguments, 4, layout.group_size, layout.outlier_channels, 0.9, int8_groups
-    )
+    numbers = (4, layout.group_size, layout.outlier_channels, 0.9, int8_groups)
+    return norm_quantize.reference(x, *arguments, *numbers, format=format)
 
 
 def test_int8_groups() -> None:
@@ -85,9 +94,14 @@ def test_a_program_takes_many_rows(outlier_channels: int, monkeypatch: pytest.Mo
 
 
 @few_examples
-@given(st.data(), tokens, layouts, dtypes, seeds)
+@given(st.data(), tokens, layouts, dtypes, four_bit_formats, seeds)
 def test_kernel_gives_the_codes_of_the_reference_where_the_statistic_is_exact(
-    data: st.DataObject, tokens: int, layout: GroupLayout, dtype: torch.dtype, seed: int
+    data: st.DataObject,
+    tokens: int,
+    layout: GroupLayout,
+    dtype: torch.dtype,
+    format: str,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     arguments = data.draw(norms(layout.width, dtype))
@@ -95,7 +109,8 @@ def test_kernel_gives_the_codes_of_the_reference_where_the_statistic_is_exact(
     half = torch.randint(-8, 9, (tokens, layout.width // 2))
     middle = torch.zeros(tokens, layout.width % 2)
     x = torch.cat([half, middle, -half], dim=-1).to(dtype)
-    assert_quantized_alike(launch(x, arguments, layout), reference(x, arguments, layout))
+    got = launch(x, arguments, layout, format=format)
+    assert_quantized_alike(got, reference(x, arguments, layout, format=format))
 
 
 @few_examples
@@ -138,7 +153,8 @@ def test_a_poisoned_token_poisons_itself_in_every_group_and_no_other(
 def test_operator_passes_opcheck(center: bool) -> None:
     x, weight, order = torch.randn(2, 3, 344), torch.randn(344), random_order(344)
     arguments = (x, weight, None, order, 1e-6, center, True, torch.float32, 4, 128, 16, 0.9)
-    torch.library.opcheck(torch.ops.atom.norm_quantize.default, arguments)
+    for named in ({}, {"format": "e2m1"}):
+        torch.library.opcheck(torch.ops.atom.norm_quantize.default, arguments, named)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from atom_compile.kernels.storing import is_stored, restore, store, store_order
 
 from .cases import few_examples, seeds
 
-KINDS = ("w4a4", "w4a8-two-level", "symmetric", "affine", *FORMATS)
+KINDS = ("w4a4", "w4a4-fp4", "w4a8-two-level", "symmetric", "affine", *FORMATS)
 # any number of channels in the last group, one and all of them too
 widths = st.integers(1, 400)
 
@@ -20,6 +20,8 @@ widths = st.integers(1, 400)
 def pack(kind: str, weight: torch.Tensor, layout: GroupLayout) -> AnyWeight:
     if kind == "w4a4":
         return packing.pack_weight(weight, layout, bits=4, clip=0.85)
+    if kind == "w4a4-fp4":
+        return packing.pack_weight(weight, layout, 4, 1.0, "e2m1")
     if kind == "w4a8-two-level":
         return packing.pack_two_level(weight, layout)
     format = kind if kind in FORMATS else "int"
@@ -32,7 +34,7 @@ def pack(kind: str, weight: torch.Tensor, layout: GroupLayout) -> AnyWeight:
 def test_what_is_stored_is_restored_to_the_last_bit(kind: str, data: Any, seed: int) -> None:
     torch.manual_seed(seed)
     grouped, rows = data.draw(widths), data.draw(st.sampled_from([0, 1, 5]))
-    outliers = data.draw(st.sampled_from([0, 16])) if kind in KINDS[:2] else 0
+    outliers = data.draw(st.sampled_from([0, 16])) if kind in KINDS[:3] else 0
     layout = GroupLayout(grouped + outliers, 128, outliers)
     weight = torch.randn(rows, layout.width)
     weight[:1, :1] = data.draw(st.sampled_from([0.0, float("nan"), float("inf")]))

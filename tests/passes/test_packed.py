@@ -41,7 +41,17 @@ def hand_written() -> Any:
 
 @pytest.mark.parametrize(
     "scheme",
-    ["w4a4", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16", "w6a8", "mxfp4", "nvfp4"],
+    [
+        "w4a4",
+        "w4a4-fp4",
+        "w4a4-rotated",
+        "w4a8-two-level",
+        "w4a16",
+        "w6a16",
+        "w6a8",
+        "mxfp4",
+        "nvfp4",
+    ],
 )
 @pytest.mark.parametrize("make", [tiny_llama, qwen, hand_written])
 def test_the_same_operators_and_results(make: Any, scheme: str) -> None:
@@ -108,12 +118,23 @@ def test_explain_lists_them() -> None:
     assert report.to_dict()["layers"]
 
 
-@pytest.mark.parametrize(("scheme", "activation_bits"), [("w6a16", 16), ("w6a8", 8)])
-def test_explain_knows_the_bits_of_floating_point(scheme: str, activation_bits: int) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "bits", "formats"),
+    [
+        ("w6a16", (6, 16), ("e2m3", None)),
+        ("w6a8", (6, 8), ("e2m3", "e4m3")),
+        ("w4a4-fp4", (4, 4), ("e2m1", "e2m1")),
+        ("nvfp4", (4, 16), ("nvfp4", None)),
+    ],
+)
+def test_explain_knows_floating_point(
+    scheme: str, bits: tuple[int, int], formats: tuple[str, str | None]
+) -> None:
     model = tiny_llama()
     quantize(model, scheme, progress=False)
     down = next(one for one in explain(model, token_batch()).layers if "down_proj" in one.name)
-    assert (down.weight_bits, down.activation_bits) == (6, activation_bits)
+    assert (down.weight_bits, down.activation_bits) == bits
+    assert (down.weight_format, down.activation_format) == formats
 
 
 def test_part_of_a_model_is_packed() -> None:

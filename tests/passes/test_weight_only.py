@@ -201,7 +201,7 @@ def test_what_only_it_goes_with(field: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("scheme", "field", "message"),
     [
-        (Scheme(), {"weight_format": "e2m1"}, "weight_format='e2m1' needs activation_bits=16"),
+        (Scheme(), {"weight_format": "e2m3"}, "weight_format='e2m3' needs activation_bits=16"),
         (W4A16, {"weight_format": "e2m4"}, "weight_format.*e2m4.*e2m1"),
         (W4A16, {"weight_format": "e2m3"}, "weight_bits is 4; with weight_format='e2m3'.*be 6"),
         (FLOATING[0], {"weight_format": "int"}, "weight_bits is 6; INT4 storage"),

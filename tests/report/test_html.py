@@ -116,7 +116,7 @@ def test_a_node_tells_everything(small: tuple[Path, dict[str, Any]], open_page: 
     assert "selected" in node(page, wanted["name"]).get_attribute("class")
     told = page.locator("#details").inner_text()
     for part in (
-        *(wanted["target"], "INT4 operator", "model.layers.1.mlp.gate_proj", "1 x 16 x 1536"),
+        *(wanted["target"], "low-bit operator", "model.layers.1.mlp.gate_proj", "1 x 16 x 1536"),
         *("98.3 kB", "12.6 Mop", "modeling_llama.py", "share_inputs", "one product of 1536 rows"),
     ):
         assert part in told, part

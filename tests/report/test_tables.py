@@ -39,6 +39,24 @@ def test_tables_fit_80_columns_and_cut_nothing(data: dict[str, Any]) -> None:
         assert told in text, told
 
 
+@pytest.mark.parametrize(
+    ("formats", "told"),
+    [
+        ({}, "w4a4, 32 outliers"),  # a report of an older version
+        ({"weight_format": "int", "activation_format": "int"}, "w4a4, 32 outliers"),
+        ({"weight_format": "e2m1", "activation_format": "e2m1"}, "w4a4 e2m1, 32 outliers"),
+        ({"weight_format": "e2m1", "activation_format": None}, "w4a4, e2m1 weights, 32 outliers"),
+        (
+            {"weight_format": "int", "activation_format": "e2m1"},
+            "w4a4, e2m1 activations, 32 outliers",
+        ),
+    ],
+)
+def test_formats_that_are_not_integers_are_told(formats: dict[str, Any], told: str) -> None:
+    layer = {"weight_bits": 4, "activation_bits": 4, "outlier_channels": 32}
+    assert tables.numbers_of(layer | formats) == told
+
+
 def test_without_unicode_the_lines_are_ascii(data: dict[str, Any]) -> None:
     printed(data, encoding="ascii").encode("ascii")
 
