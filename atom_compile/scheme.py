@@ -220,9 +220,9 @@ class Scheme:
     def sorts_channels(self) -> bool:
         """Whether channels are sorted by magnitude, for alike ones to share a scale.
 
-        Not for activations in 16 bits or in floating point, which need none of it.
+        Not for activations in 16 bits or in e4m3, which need none of it.
         """
-        return self.activation_bits < 16 and self.activation_format == "int"
+        return self.activation_bits < 16 and self.activation_format != "e4m3"
 
     def int8_groups(self, layout: GroupLayout) -> int:
         """How many groups are INT8 where calibration did not say."""
