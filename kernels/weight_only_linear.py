@@ -6,7 +6,8 @@
 The sums run over k, the channels of group g. Codes are exact in 16 bits, so tensor cores multiply
 them as they are and the scale goes to a group's sum: no weight is rounded, and all sums are of
 float32. Only for many tokens, where unpacking for every tile of them would cost more than it saves,
-the whole weight is dequantized first, to `dtype`, and PyTorch multiplies.
+the whole weight is dequantized first, to `dtype`, and PyTorch multiplies. Both kernels serve
+`float8_linear` as well, whose activations are e4m3 and whose weight has one scale per row.
 
 The bits of a floating-point code are moved to where the wider format has them (formats.py). Those
 beyond four lie in `high_bits`, P bytes for a row of a group, each shared by bytes of `weight` that
