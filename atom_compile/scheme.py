@@ -296,7 +296,7 @@ PRESETS = {
     # in groups of 128, E2M3 leaves a third of the divergence of E3M2 (benchmarks/formats.py)
     "w6a16": _floating_point("e2m3"),
     "w6a16-e3m2": _floating_point("e3m2"),
-    # of prose-llama-25m E2M3 leaves half the divergence of E3M2 here too
+    # of prose-llama-25m, rounded to nearest, E2M3 leaves half the divergence of E3M2
     "w6a8": _floating_point("e2m3", 8, "e4m3"),
     "w6a8-e3m2": _floating_point("e3m2", 8, "e4m3"),
     "w5a16": _floating_point("e2m2"),

@@ -7,7 +7,9 @@ The sums run over k, the channels of group g. Codes are exact in 16 bits, so ten
 them as they are and the scale goes to a group's sum: no weight is rounded, and all sums are of
 float32. Only for many tokens each weight is scaled first and rounded to `dtype`: by Hopper's own
 kernel (weight_only_hopper.py) in registers, or, where unpacking for every tile of tokens would cost
-more than it saves, by dequantizing the whole weight, which PyTorch then multiplies.
+more than it saves, by dequantizing the whole weight, which PyTorch then multiplies. The kernels in
+this file serve `float8_linear` as well, whose activations are e4m3 and whose weight has one scale
+per row.
 
 The bits of a floating-point code are moved to where the wider format has them (formats.py). Those
 beyond four lie in `high_bits`, P bytes for a row of a group, each shared by bytes of `weight` that
