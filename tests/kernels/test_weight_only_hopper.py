@@ -14,7 +14,7 @@ from .test_linear_hopper import on_hopper
 from .test_weight_only_linear import Arguments, arguments, assert_alike, reference
 
 SIZES = [(5, 528, 1000), (300, 4096, 1408)]  # whole tiles, and tiles that programs share
-TILINGS = [HopperTiling(16, 1), *weight_only_hopper.STEP_US["int"]]
+TILINGS = list(weight_only_hopper.STEP_US["int"])
 OF_FLOAT16 = [tiling for tiling in TILINGS if tiling.blocks == 1]
 
 
