@@ -326,7 +326,7 @@ _MOST_CHANNELS = 128  # a step's
 _LEAST_DEPTH = 16  # of a product of tiles
 # of an H100, a microsecond
 _BYTES = 2.3e6
-_PRODUCTS = {"int": 180e6, "other": 140e6}  # of weight_only_kernel
+_PRODUCTS = {"int": 180e6, "other": 110e6}  # of weight_only_kernel
 _DENSE_PRODUCTS = 370e6
 
 
