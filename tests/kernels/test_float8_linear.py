@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -30,7 +29,6 @@ from atom_compile.kernels.packing import (
     with_row_scale,
 )
 from atom_compile.kernels.quantize_e4m3 import quantize_e4m3
-from atom_compile.kernels.weight_values import placing_in_e4m3
 
 from .cases import DTYPES, dtypes, few_examples, kernel_device, poisoned_memory, seeds, tokens
 from .test_weight_only_linear import assert_alike
@@ -217,49 +215,6 @@ def test_every_code_is_exact(format: str, in_e4m3: bool) -> None:
             )
             assert torch.equal(got.cpu(), want)
         assert torch.equal(operator.multiply_dense(*moved, format=format).cpu(), want)
-
-
-def run_ptx(ptx: str, registers: dict[str, int]) -> dict[str, int]:
-    """The few instructions that place codes, on registers of 32 bits."""
-
-    def value(operand: str) -> int:
-        return registers[operand] if operand in registers else int(operand, 0)
-
-    for line in re.findall(r"(?:mov|shl|shr|lop3)[^;]+", ptx):
-        name, operands = line.split(" ", 1)
-        into, *of = operands.replace(",", "").split()
-        first, *rest = (value(one) for one in of)
-        if name == "shl.b32":
-            first = first << rest[0] & 0xFFFFFFFF
-        elif name == "shr.u32":
-            first >>= rest[0]
-        elif name == "lop3.b32":
-            assert rest[2] == 0xEA
-            first = first & rest[0] | rest[1]
-        registers[into] = first
-    return registers
-
-
-@pytest.mark.parametrize("format", FORMATS)
-def test_ptx_places_every_code(format: str) -> None:
-    """What only a GPU runs, of codes in all bytes of a register and in all parts."""
-    numbers = FORMATS[format]
-    extra = numbers.bits - 4
-    codes = torch.arange(2**numbers.bits)
-    placed = numbers.place(codes, torch.float8_e4m3fn).view(torch.uint8)
-    for part in range(4 // extra if extra else 1):
-        ptx = placing_in_e4m3(numbers.exponent_bits, numbers.mantissa_bits, part)
-        for at in range(0, len(codes), 4):
-            lower, upper = codes[at : at + 4], codes.flip(0)[at : at + 4]
-            high_bits = lower >> 4 << extra * part | upper >> 4 << extra * part + 4
-            planes = {"$2": lower & 15 | (upper & 15) << 4, "$3": high_bits}
-            given = {name: pack(plane) for name, plane in planes.items()}
-            got = run_ptx(str(getattr(ptx, "value", ptx)), given)
-            assert got["$0"] == pack(placed[lower]) and got["$1"] == pack(placed[upper])
-
-
-def pack(four_bytes: Tensor) -> int:
-    return int.from_bytes(bytes(four_bytes.tolist()), "little")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter

@@ -1,8 +1,7 @@
-"""What the inline PTX computes, emulated: without a GPU nothing else runs it."""
+"""What inline PTX makes of packed codes."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import pytest
@@ -10,72 +9,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from atom_compile.kernels import weight_values
+from atom_compile.kernels import e2m1, weight_values
 from atom_compile.kernels.formats import E2M1, E4M3, FORMATS
+from atom_compile.kernels.packing import pack_e2m1, unpack_e2m1
+
+from .ptx import emulate, from_bytes, from_halves, to_halves
 
 TRITON = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-LOWER_HALF = 0xFFFF
 both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 both_packs = pytest.mark.parametrize("pack", [2, 4])
-
-
-def emulate(ptx: str, operands: Sequence[Tensor], results: int) -> list[Tensor]:
-    """Registers of 32 bits as int64 (*); the instructions that the kernels use, and no others."""
-    registers = {f"${results + number}": one for number, one in enumerate(operands)}
-
-    def read(name: str) -> Tensor:
-        return registers[name] if name in registers else torch.tensor(int(name, 0))
-
-    for line in ptx.strip("{}").split(";"):
-        name, _, rest = line.strip().partition(" ")
-        if not name or name == ".reg":
-            continue
-        into, *given = re.sub(r"\{(\S+), none\}", r"\1", rest).replace(",", "").split()
-        a, *more = (read(one) for one in given)
-        if name in ("mov.b32", "mov.b16"):
-            out = a
-        elif name == "prmt.b32":
-            both, selector = a | more[0] << 32, more[1]
-            places = [8 * (selector >> 4 * byte & 7) for byte in range(4)]
-            chosen = [(both >> place & 255) << 8 * byte for byte, place in enumerate(places)]
-            out = torch.stack(chosen).sum(0)
-        elif name == "shl.b32":
-            out = a << more[0] & 0xFFFFFFFF
-        elif name == "shr.u32":
-            out = a >> more[0]
-        elif name == "and.b32":
-            out = a & more[0]
-        elif name == "lop3.b32":
-            out = {0xEA: (a & more[0]) | more[1], 0x6A: (a & more[0]) ^ more[1]}[int(more[2])]
-        elif name == "fma.rn.bf16x2":
-            out = on_halves(torch.bfloat16, a, *more)
-        elif name == "fma.rn.f16x2":
-            out = on_halves(torch.float16, a, *more)
-        else:
-            assert name == "mul.f16x2"
-            out = on_halves(torch.float16, a, more[0], torch.tensor(0))
-        registers[into] = out
-    return [registers[f"${number}"] for number in range(results)]
-
-
-def on_halves(dtype: torch.dtype, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c of both halves; in double the sum is exact, so that it is rounded once."""
-    return from_halves(
-        [
-            (x.double() * y.double() + z.double()).to(dtype)
-            for x, y, z in zip(*(to_halves(one, dtype) for one in (a, b, c)), strict=True)
-        ]
-    )
-
-
-def to_halves(register: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    halves = (register & LOWER_HALF, register >> 16)
-    return [half.to(torch.int32).to(torch.int16).view(dtype) for half in halves]
-
-
-def from_halves(halves: Sequence[Tensor]) -> Tensor:
-    low, high = (half.view(torch.int16).long() & LOWER_HALF for half in halves)
-    return low | high << 16
 
 
 def run(
@@ -84,7 +26,7 @@ def run(
     """packed: for each operand its bytes (pack, *) uint8. by_value: 16-bit floats (*), each the
     same for all bytes. Returns what the lower and the upper codes become, (2, pack, *)."""
     pack = len(packed[0])
-    operands = [sum(byte.long() << 8 * at for at, byte in enumerate(one)) for one in packed]
+    operands = [from_bytes(one) for one in packed]
     operands += [from_halves([one, one]) for one in by_value for _ in range(pack // 2)]
     results = emulate(ptx, operands, pack)
     halves = torch.stack([half for one in results for half in to_halves(one, dtype)])
@@ -143,3 +85,33 @@ def test_every_code_under_every_scale_of_nvfp4(dtype: torch.dtype, pack: int) ->
     want = torch.stack([low * scales[0], high * scales[1]])
     gap = 0 if dtype == torch.bfloat16 else E2M1.gap(dtype)
     assert torch.equal(got * 2.0**gap, want * power)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_code_in_e4m3(format: str) -> None:
+    """In all bytes of a register and in all parts, beside another code."""
+    numbers = FORMATS[format]
+    extra = numbers.bits - 4
+    lower = torch.arange(2**numbers.bits).view(4, -1)
+    upper = lower.flip(0, 1)
+    placed = numbers.place(torch.arange(2**numbers.bits), torch.float8_e4m3fn).view(torch.uint8)
+    for part in range(4 // extra if extra else 1):
+        ptx = weight_values.placing_in_e4m3(numbers.exponent_bits, numbers.mantissa_bits, part)
+        high_bits = lower >> 4 << extra * part | upper >> 4 << extra * part + 4
+        packed = lower & 15 | (upper & 15) << 4
+        got = emulate(ptx, [from_bytes(packed), from_bytes(high_bits)], 2)
+        assert torch.equal(got[0], from_bytes(placed[lower]))
+        assert torch.equal(got[1], from_bytes(placed[upper]))
+
+
+def test_every_pair_of_e2m1_codes_in_integers() -> None:
+    pairs = torch.cartesian_prod(torch.arange(16), torch.arange(16)).to(torch.uint8)
+    packed = pack_e2m1(pairs)[torch.randperm(256)].view(4, 64)
+    got = emulate(e2m1.PTX, [from_bytes(packed)], 2)
+    integers = [
+        torch.stack([(one >> 8 * at).to(torch.uint8).view(torch.int8) for at in range(4)])
+        for one in got
+    ]
+    values = E2M1.decode(unpack_e2m1(packed[..., None]))
+    for half, codes in enumerate(integers):
+        assert torch.equal(codes.float(), 2 * values[..., half])
