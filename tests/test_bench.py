@@ -188,7 +188,11 @@ def test_a_row_that_fails_has_a_reason_and_no_time(
     monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any], failure: str
 ) -> None:
     true_operator = quantize.reorder_quantize
-    monkeypatch.setattr(quantize, "reorder_quantize", lambda *inputs: fault(true_operator(*inputs)))
+
+    def faulty(*inputs: Any, **named: Any) -> Any:
+        return fault(true_operator(*inputs, **named))
+
+    monkeypatch.setattr(quantize, "reorder_quantize", faulty)
     monkeypatch.setattr(
         bench, "operator_cases", lambda setting: operators._o_proj_input_cases(setting, 3)
     )
