@@ -25,6 +25,7 @@ from .attention_tiles import (
     softmax_step,
     split_pair,
 )
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -532,8 +533,8 @@ def launch_decode(a: Arguments, out: Tensor, tiling: DecodeTiling | None) -> Par
     in_a_word = 16 // a.bits  # codes
     key_parts = in_a_word if a.key_groups == 1 and a.rope is None and D % in_a_word == 0 else 1
     value_parts = in_a_word if a.value_groups == 1 and D % in_a_word == 0 else 1
-    rows = min(max(8, triton.next_power_of_2(Q * a.heads)), MOST_ROWS)
-    planes = B * num_kv_heads * triton.cdiv(Q * a.heads, rows)
+    rows = min(max(8, next_power_of_2(Q * a.heads)), MOST_ROWS)
+    planes = B * num_kv_heads * cdiv(Q * a.heads, rows)
     plain = min(key_parts, value_parts) > 1
     device = device_of(out)
     tiling = tiling or default_decode_tiling(
@@ -553,8 +554,8 @@ def launch_decode(a: Arguments, out: Tensor, tiling: DecodeTiling | None) -> Par
         *a.scores(),
         KEY_PARTS=key_parts,
         VALUE_PARTS=value_parts,
-        KEY_COLUMNS=max(16, triton.next_power_of_2(D // key_parts)),
-        VALUE_COLUMNS=max(16, triton.next_power_of_2(D // value_parts)),
+        KEY_COLUMNS=max(16, next_power_of_2(D // key_parts)),
+        VALUE_COLUMNS=max(16, next_power_of_2(D // value_parts)),
         ALIGNED=plain and slots % tiling.block == 0,
         ONE_TOKEN=Q == 1,
         ROWS=rows,
@@ -580,9 +581,9 @@ def launch_combine(partial: Partial, out: Tensor) -> None:
         rows,
         splits,
         HEAD_DIM=D,
-        HEAD_BLOCK=triton.next_power_of_2(D),
-        SPLITS=triton.next_power_of_2(splits),
-        AHEAD=min(triton.next_power_of_2(splits), 32),
+        HEAD_BLOCK=next_power_of_2(D),
+        SPLITS=next_power_of_2(splits),
+        AHEAD=min(next_power_of_2(splits), 32),
         OVERLAP=overlaps,
         launch_pdl=overlaps,
         num_warps=1,

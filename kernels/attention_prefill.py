@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tiles import Arguments, cap_scores, dot, hide, read_keys, softmax_step
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -342,10 +343,10 @@ def launch_prefill(a: Arguments, out: Tensor, tiling: PrefillTiling | None) -> N
     B, _, Q, D = a.query.shape
     num_kv_heads, slots = a.key_codes.shape[1:3]
     rows = Q * a.heads
-    half_block = max(16, triton.next_power_of_2(D // 2))
+    half_block = max(16, next_power_of_2(D // 2))
     plain = max(a.key_groups, a.value_groups) <= 1 and a.rope is None and a.key_recent is None
     tiling = tiling or default_prefill_tiling(rows, half_block, out.element_size(), plain)
-    prefill_kernel[(triton.cdiv(rows, tiling.block_m), num_kv_heads, B)](
+    prefill_kernel[(cdiv(rows, tiling.block_m), num_kv_heads, B)](
         *a.pointers(out),
         out,
         *a.sizes(),

@@ -27,6 +27,7 @@ from .packing import OUTLIER_BITS
 from .quantize import NUMBERS
 from .quantize_rows import Numbers, _quantize, _store_groups
 from .rotate import outlier_block, rotated
+from .sizes import next_power_of_2
 
 
 def reference(
@@ -194,7 +195,7 @@ def launch(
     codes = attended.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
     scale = attended.new_empty(layout.num_scales, B, Q, dtype=torch.float32)
     splits = partial.sums.shape[0]
-    heads_block, head_block = (triton.next_power_of_2(size) for size in (num_heads, D))
+    heads_block, head_block = (next_power_of_2(size) for size in (num_heads, D))
     largest, outlier_largest = numbers.largest(format), 2 ** (OUTLIER_BITS - 1) - 1
     combine_quantize_kernel[(B * Q,)](
         partial.sums,
@@ -210,17 +211,17 @@ def launch(
         HEADS_BLOCK=heads_block,
         HEAD_DIM=D,
         HEAD_BLOCK=head_block,
-        SPLITS=triton.next_power_of_2(splits),
-        AHEAD=min(triton.next_power_of_2(splits), 4),
+        SPLITS=next_power_of_2(splits),
+        AHEAD=min(next_power_of_2(splits), 4),
         NUM_GROUPS=layout.num_groups,
         GROUP_SIZE=group_size,
         INT8_GROUPS=int8_groups,
         OUTLIERS=outlier_channels,
-        OUTLIER_BLOCK=triton.next_power_of_2(max(outlier_channels, 1)),
+        OUTLIER_BLOCK=next_power_of_2(max(outlier_channels, 1)),
         LARGEST=largest,
         E2M1=format == "e2m1",
         OUTLIER_LARGEST=outlier_largest,
-        BLOCK=max(group_size, triton.next_power_of_2(layout.width)),
+        BLOCK=max(group_size, next_power_of_2(layout.width)),
         PER_TOKEN=per_token,
         ROTATION=rotation,
         OUTLIER_ROTATION=outlier_block(outlier_channels, rotation),

@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .library import define
+from .sizes import cdiv, next_power_of_2
 
 _LEAST_SCALE = 2.0**-24  # float16's smallest
 _LARGEST = 30000.0  # what is larger saturates: float16 holds all values, and code * scale
@@ -448,9 +449,9 @@ def launch_append(
         cos, sin = (table.expand(batch, -1, -1) for table in (cos, sin))
         if cos.stride() != sin.stride():
             cos, sin = cos.contiguous(), sin.contiguous()
-    rows = min(16, triton.next_power_of_2(tokens))
-    half_block = triton.next_power_of_2((head_dim + 1) // 2)
-    append_kernel[(triton.cdiv(tokens, rows) * (num_heads + 2 * num_kv_heads), batch)](
+    rows = min(16, next_power_of_2(tokens))
+    half_block = next_power_of_2((head_dim + 1) // 2)
+    append_kernel[(cdiv(tokens, rows) * (num_heads + 2 * num_kv_heads), batch)](
         query,
         key,
         value,
@@ -571,9 +572,9 @@ def launch_read(
     if out.numel() == 0:
         return out
     num_kv_heads, head_dim = out.shape[1], out.shape[3]
-    rows = min(16, triton.next_power_of_2(positions))
-    block = triton.next_power_of_2(head_dim)
-    read_kernel[(triton.cdiv(positions, rows) * num_kv_heads, batch)](
+    rows = min(16, next_power_of_2(positions))
+    block = next_power_of_2(head_dim)
+    read_kernel[(cdiv(positions, rows) * num_kv_heads, batch)](
         codes,
         codes if scale is None else scale,
         codes if recent is None else recent,

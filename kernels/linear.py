@@ -27,6 +27,7 @@ from .formats import E2M1
 from .library import define
 from .linear_hopper import HopperTiling
 from .packing import GroupLayout, rows_per_group, unpack_e2m1, unpack_int4
+from .sizes import cdiv, next_power_of_2
 
 
 def reference(
@@ -328,9 +329,9 @@ def default_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> Til
 
     The numbers were measured on an H100.
     """
-    block_m = min(max(8, triton.next_power_of_2(M)), 128)
+    block_m = min(max(8, next_power_of_2(M)), 128)
     block_n = 128 if 16 <= block_m <= 64 and 128 * multiprocessors <= N else 64
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, 64)
+    tiles = cdiv(M, block_m) * cdiv(N, 64)
     resident = multiprocessors * (4 if block_m <= 32 else 3 if block_m == 64 else 2)  # registers
     fewest_groups = 3 if block_m <= 16 else 7  # worth a partial sum of their own
     lightest = 9 * num_groups // M  # else the partial sums outweigh the weights
@@ -341,7 +342,7 @@ def default_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> Til
 
 def candidates(M: int, N: int, num_groups: int) -> list[Tiling | HopperTiling]:
     """What tuning measures, the likeliest first: around what serves such sizes."""
-    block_m = min(max(8, triton.next_power_of_2(M)), 128)
+    block_m = min(max(8, next_power_of_2(M)), 128)
     widths = [block for block in (64, 128, 32, 256) if block * block_m <= 128 * 128]
     heights = [block_m] if block_m < 128 else [128, 64]
     splits = [split for split in (1, 2, 4, 8, 16) if split <= num_groups // 2 and split * M <= 2048]
@@ -451,7 +452,7 @@ def split_buffers(out: Tensor, tiling: Tiling) -> tuple[int, Tensor, Tensor]:
     """How many tiles a product `out` (*, N) has, its partial sums, and the tiles' arrivals."""
     N = out.shape[-1]
     M = out.numel() // N
-    tiles = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, tiling.block_n)
+    tiles = cdiv(M, tiling.block_m) * cdiv(N, tiling.block_n)
     if tiling.split_k == 1:
         return tiles, out, out
     partial = out.new_empty(tiling.split_k, M, N, dtype=torch.float32)
@@ -496,7 +497,7 @@ def _launch(
         codes.shape[-1],
         HALF_GROUP=half_group,
         OUTLIERS=outliers,
-        OUTLIER_BLOCK=max(32, triton.next_power_of_2(max(outliers, 1))),
+        OUTLIER_BLOCK=max(32, next_power_of_2(max(outliers, 1))),
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         BLOCK_M=tiling.block_m,

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -36,6 +35,7 @@ from . import e2m1
 from .arrivals import arrivals_of
 from .devices import is_hopper
 from .packing import rows_per_group
+from .sizes import cdiv
 
 _OUTLIER_STEP = 64  # outliers that fill a stage: as many bytes as a group's packed row
 ROLE_REGISTERS = 240  # of a thread that multiplies; one that loads needs no more than 24
@@ -600,7 +600,7 @@ def tilings(two_level: bool) -> list[HopperTiling]:
 
 
 def steps_of_tile(num_groups: int, outliers: int) -> int:
-    return num_groups + int(triton.cdiv(outliers, _OUTLIER_STEP))
+    return num_groups + cdiv(outliers, _OUTLIER_STEP)
 
 
 def best_tiling(
@@ -616,7 +616,7 @@ def best_tiling(
         tile_us = steps * step_us[tiling] + _TILE_US
         whole = whole_tiles(tiles, steps, tiling, step_us[tiling], multiprocessors)
         if whole == tiles:
-            rounds: int = triton.cdiv(tiles, multiprocessors)
+            rounds = cdiv(tiles, multiprocessors)
             return rounds * tile_us
         return tiles / multiprocessors * tile_us + _share_us(tiles - whole, tiling, multiprocessors)
 
@@ -625,8 +625,7 @@ def best_tiling(
 
 
 def _tiles(M: int, N: int, tiling: HopperTiling) -> int:
-    tiles: int = triton.cdiv(M, tiling.block_m) * triton.cdiv(N, 128 * tiling.blocks)
-    return tiles
+    return cdiv(M, tiling.block_m) * cdiv(N, 128 * tiling.blocks)
 
 
 def whole_tiles(
@@ -724,7 +723,7 @@ def launch(
         sharing.whole_tiles,
         width - outliers,
         GROUP=2 * half_group,
-        OUTLIER_STEPS=triton.cdiv(outliers, _OUTLIER_STEP),
+        OUTLIER_STEPS=cdiv(outliers, _OUTLIER_STEP),
         TWO_LEVEL=row_scale is not None,
         IS_E2M1=is_e2m1,
         HAS_BIAS=bias is not None,

@@ -21,6 +21,7 @@ from torch import Tensor
 from .devices import multiprocessors
 from .packing import LARGEST_E2M1, OUTLIER_BITS, TINY, GroupLayout
 from .rotate import outlier_block, rotated
+from .sizes import cdiv, next_power_of_2
 
 
 class Norm(NamedTuple):
@@ -377,9 +378,10 @@ def launch(
     """x and `up` (*, K) -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
     _, group_size, outlier_channels, clip, int8_groups, rotation, per_token = numbers
     layout = numbers.layout(x.shape[-1])
-    codes = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.int8)
+    padded_width = layout.padded_width
+    codes = x.new_empty(*x.shape[:-1], padded_width, dtype=torch.int8)
     scale = x.new_empty(layout.num_scales, *x.shape[:-1], dtype=torch.float32)
-    M = codes.numel() // layout.padded_width
+    M = codes.numel() // padded_width
     if M == 0:
         return codes, scale
     rows = _as_rows(x)
@@ -387,12 +389,12 @@ def launch(
     # gathered in memory, a few wide rows are cut as well
     gathers = order is not None and (layout.width <= 8192 or M > 64)
     whole_row = norm is not None or per_token or gathers
-    block = max(group_size, triton.next_power_of_2(layout.width))
+    block = max(group_size, next_power_of_2(layout.width))
     if not whole_row:
         block = min(block, max(group_size, 2048))
     largest, outlier_largest = numbers.largest(format), 2 ** (OUTLIER_BITS - 1) - 1
     num_groups, outlier_rotation = layout.num_groups, outlier_block(outlier_channels, rotation)
-    ragged = layout.padded_width != layout.width
+    ragged = padded_width != layout.width
     if (
         not ragged
         and not per_token
@@ -407,7 +409,7 @@ def launch(
     if norm is not None and M >= _MANY_ROWS:
         num_warps = min(max(4, block // 1024), 16)
         rows_at_once = min(M, max(1, 16 // num_warps) * multiprocessors(x.device))
-    quantize_rows_kernel[(rows_at_once, triton.cdiv(num_groups * group_size, block))](
+    quantize_rows_kernel[(rows_at_once, cdiv(num_groups * group_size, block))](
         rows,
         up_rows,
         absent if norm is None or norm.weight is None else norm.weight,
@@ -426,7 +428,7 @@ def launch(
         GROUP_SIZE=group_size,
         INT8_GROUPS=int8_groups,
         OUTLIERS=outlier_channels,
-        OUTLIER_BLOCK=triton.next_power_of_2(max(outlier_channels, 1)),
+        OUTLIER_BLOCK=next_power_of_2(max(outlier_channels, 1)),
         LARGEST=largest,
         E2M1=format == "e2m1",
         OUTLIER_LARGEST=outlier_largest,

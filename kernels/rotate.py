@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .library import define
 from .packing import GroupLayout
+from .sizes import cdiv, next_power_of_2
 
 
 def rotate_blocks(x: Tensor, inverse: bool = False) -> Tensor:
@@ -160,8 +161,8 @@ def launch(
     rows = x.reshape(-1, layout.width)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    tile = max(block, min(1024, triton.next_power_of_2(layout.grouped_width)))
-    rotate_kernel[(M, triton.cdiv(layout.grouped_width, tile))](
+    tile = max(block, min(1024, next_power_of_2(layout.grouped_width)))
+    rotate_kernel[(M, cdiv(layout.grouped_width, tile))](
         rows,
         out,
         layout.width,
@@ -170,7 +171,7 @@ def launch(
         OUTLIERS=outlier_channels,
         ROWS=tile // block,
         BLOCK=block,
-        LANES=triton.next_power_of_2(max(outlier_channels, 1)),
+        LANES=next_power_of_2(max(outlier_channels, 1)),
         OUTLIER_ROTATION=outlier_block(outlier_channels, block),
         INVERSE=inverse,
         num_warps=4,

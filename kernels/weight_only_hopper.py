@@ -38,7 +38,7 @@ from .linear_hopper import (
     store_rows,
     tile_at,
 )
-from .packing import GroupLayout, rows_per_group
+from .packing import rows_per_group
 from .weight_values import (
     num_parts,
     placing,
@@ -414,9 +414,9 @@ STEP_US = {
 }
 
 
-def fits(N: int, layout: GroupLayout, dtype: torch.dtype, format: str) -> bool:
+def fits(N: int, K: int, group_size: int, dtype: torch.dtype, format: str) -> bool:
     """Whether this kernel can compute a product of these sizes: TMA reads whole 16 bytes."""
-    aligned = N % 16 == 0 and layout.width % 8 == 0 and layout.group_size == 128
+    aligned = N % 16 == 0 and K % 8 == 0 and group_size == 128
     return aligned and dtype.itemsize == 2 and format not in BLOCK_FORMATS
 
 

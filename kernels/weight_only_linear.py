@@ -49,6 +49,7 @@ from .library import define
 from .linear import Tiling, split_buffers, store_tile, tile_in_band
 from .linear_hopper import HopperTiling
 from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight
+from .sizes import cdiv
 from .weight_values import num_parts, power_left, power_of_e4m3, read_scale, to_values
 
 
@@ -334,17 +335,19 @@ _DENSE_PRODUCTS = 370e6
 def choose_tiling(
     M: int,
     N: int,
-    layout: GroupLayout,
+    K: int,
+    group_size: int,
     dtype: torch.dtype,
     device: torch.device,
     format: str = "int",
 ) -> Tiling | HopperTiling | None:
     """How the product is cut, and by that which kernel's; None where dequantizing is faster."""
-    tiling = packed_tiling(M, N, layout.num_groups, dtype, device, format)
+    num_groups = cdiv(K, group_size)
+    tiling = packed_tiling(M, N, num_groups, dtype, device, format)
     if not is_hopper(device):
         return tiling if M <= _MOST_TOKENS else None
     # by simple models of what each takes, with what was measured on an H100
-    kind, K = "int" if format == "int" else "other", layout.width
+    kind = "int" if format == "int" else "other"
     weight_us = N * (K / _BYTES) * (_width(format) / 8)
     packed_us = 7 + max(weight_us, M * N * (K / _PRODUCTS[kind]))
     dense_us = 5 + weight_us + N * K * 2 / _BYTES + M * N * (K / _DENSE_PRODUCTS)
@@ -352,11 +355,9 @@ def choose_tiling(
         (packed_us, tiling),
         (dense_us, None),
     ]
-    if M > _FEW_TOKENS and weight_only_hopper.fits(N, layout, dtype, format):
+    if M > _FEW_TOKENS and weight_only_hopper.fits(N, K, group_size, dtype, format):
         choices.append(
-            weight_only_hopper.best_tiling(
-                M, N, layout.num_groups, dtype, kind, multiprocessors(device)
-            )
+            weight_only_hopper.best_tiling(M, N, num_groups, dtype, kind, multiprocessors(device))
         )
     return min(choices, key=lambda choice: choice[0])[1]
 
@@ -371,7 +372,7 @@ def packed_tiling(
     few = tiling.block_m <= 16
     # but tiles as narrow as a quarter of a group Triton then unpacks in other threads; so it does
     # with a group of MXFP4: 344 instructions for each of two warps, 118 for each of four
-    two_warps = few and num_parts(*_bits(format)) < 4 and format != "mxfp4"
+    two_warps = few and _num_parts(format) < 4 and format != "mxfp4"
     # what the shared memory of every GPU since sm_80 holds
     block_m = min(tiling.block_m, 128 if dtype.itemsize == 2 else 32)
     stages = 4 if few else 3 if block_m <= 64 else 2
@@ -397,7 +398,7 @@ def describe(
     """The path that a product of these sizes takes."""
     if device.type != "cuda":
         return "reference"
-    tiling = choose_tiling(M, N, layout, dtype, device, format)
+    tiling = choose_tiling(M, N, layout.width, layout.group_size, dtype, device, format)
     if isinstance(tiling, HopperTiling):
         return weight_only_hopper.PATH
     return PATH if tiling else DEQUANTIZE
@@ -405,7 +406,7 @@ def describe(
 
 def least_group_size(format: str) -> int:
     """What the kernel can multiply by: a group's part is at least as deep as a product of tiles."""
-    return 2 * _LEAST_DEPTH * int(num_parts(*_bits(format)))
+    return 2 * _LEAST_DEPTH * _num_parts(format)
 
 
 def _bits(format: str) -> tuple[int, int]:
@@ -414,6 +415,11 @@ def _bits(format: str) -> tuple[int, int]:
         return 0, 0
     element = element_format(format)
     return element.exponent_bits, element.mantissa_bits
+
+
+@functools.cache
+def _num_parts(format: str) -> int:
+    return int(num_parts(*_bits(format)))
 
 
 def _width(format: str) -> int:
@@ -446,8 +452,7 @@ def launch(
     M = x.numel() // x.shape[-1]
     if M == 0:
         return x.new_empty(*x.shape[:-1], N)
-    layout = GroupLayout(x.shape[-1], 2 * half_group, 0)
-    tiling = choose_tiling(M, N, layout, dtype, x.device, format)
+    tiling = choose_tiling(M, N, x.shape[-1], 2 * half_group, dtype, x.device, format)
     if isinstance(tiling, HopperTiling):
         planes = weight, weight_scale, zero_point, high_bits
         if weight_only_hopper.is_aligned(*planes):
@@ -510,7 +515,7 @@ def multiply_packed(
         residual = residual.expand(out.shape).contiguous()
     tiles, partial, arrivals = split_buffers(out, tiling)
     exponent_bits, mantissa_bits = _bits(format)
-    parts = num_parts(exponent_bits, mantissa_bits)
+    parts = _num_parts(format)
     weight_only_kernel[(tiles, tiling.split_k)](
         x,
         out if x_scale is None else x_scale.contiguous(),
@@ -582,7 +587,7 @@ def dequantize(
     dense = weight.new_empty(N, K, dtype=dtype)
     exponent_bits, mantissa_bits = _bits(format)
     block_n = max(1, 4096 // half_group)
-    dequantize_kernel[(triton.cdiv(N, block_n), num_groups)](
+    dequantize_kernel[(cdiv(N, block_n), num_groups)](
         weight,
         weight_scale,
         weight if zero_point is None else zero_point,

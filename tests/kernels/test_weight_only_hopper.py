@@ -80,15 +80,15 @@ def test_some_rows_of_a_larger_weight(start: int) -> None:
 
 
 def test_what_it_does_not_fit() -> None:
-    for N, layout, dtype, format in (
-        (4096, GroupLayout(4096, 64, 0), torch.bfloat16, "int"),
-        (4090, GroupLayout(4096, 128, 0), torch.bfloat16, "int"),
-        (4096, GroupLayout(4090, 128, 0), torch.bfloat16, "int"),
-        (4096, GroupLayout(4096, 128, 0), torch.float32, "int"),
-        (4096, GroupLayout(4096, 128, 0), torch.bfloat16, "nvfp4"),
+    for N, K, group_size, dtype, format in (
+        (4096, 4096, 64, torch.bfloat16, "int"),
+        (4090, 4096, 128, torch.bfloat16, "int"),
+        (4096, 4090, 128, torch.bfloat16, "int"),
+        (4096, 4096, 128, torch.float32, "int"),
+        (4096, 4096, 128, torch.bfloat16, "nvfp4"),
     ):
-        assert not weight_only_hopper.fits(N, layout, dtype, format)
-    assert weight_only_hopper.fits(4096, GroupLayout(4096, 128, 0), torch.float16, "e2m2")
+        assert not weight_only_hopper.fits(N, K, group_size, dtype, format)
+    assert weight_only_hopper.fits(4096, 4096, 128, torch.float16, "e2m2")
 
 
 @pytest.mark.parametrize("kind", ["int", "other"])
