@@ -329,7 +329,7 @@ def rounded_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, RoundedWeig
         kind: Any = PackedWeight
         if "group_scale" in fields:
             kind = TwoLevelWeight
-        elif "row_scale" in fields:
+        elif "weight_scale" not in fields:
             kind = RowWeight
         elif "outlier_weight" not in fields:
             kind = GroupedWeight
