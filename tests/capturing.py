@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from atom_compile import Recipe, Scheme, calibrate
 from atom_compile.backend import bind_inputs, rewrite
 from atom_compile.capture import captured
 from atom_compile.options import Options
 from atom_compile.passes.pipeline import Rewrite
 from atom_compile.store import Dispatcher
+
+from .models import tiny_llama
 
 
 def rewrites(model: Callable[..., Any], *inputs: Any, **options: Any) -> list[Rewrite]:
@@ -66,3 +70,20 @@ def token_batch(batch: int = 2, length: int = 12, vocabulary: int = 96) -> torch
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).double().norm() / wanted.double().norm())
+
+
+@torch.no_grad()
+def errors_of_rounding(scheme: Scheme, folder: Path) -> tuple[float, float]:
+    """Of a tiny model's logits: rounded to nearest, and by a recipe's GPTQ, saved and loaded."""
+    model, ids = tiny_llama(layers=1), token_batch(4, 64)
+    wanted = model(ids).logits
+    recipe = calibrate(model, [ids], scheme, progress=False)
+    recipe.save(folder / "recipe.safetensors")
+    loaded = Recipe.load(folder / "recipe.safetensors")
+    assert loaded.scheme == scheme and loaded.rounded.keys() == recipe.rounded.keys()
+    errors = []
+    for options in ({"scheme": scheme}, {"recipe": loaded}):
+        torch._dynamo.reset()
+        model.compile(backend="atom", options={**options, "strict": True})
+        errors.append(relative_error(model(ids).logits, wanted))
+    return errors[0], errors[1]

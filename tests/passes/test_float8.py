@@ -9,14 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from atom_compile import KVCache, Recipe, Scheme, calibrate, compat, explain
+from atom_compile import KVCache, Scheme, calibrate, compat, explain
 from atom_compile.errors import AtomError, OptionError
 from atom_compile.options import Options
 from atom_compile.passes.derived import PackedLinear
 from atom_compile.passes.ranges import name_ranges
 from atom_compile.signal_noise import measure_layers
 
-from ..capturing import atom_operators, reference_output, relative_error, rewrites, token_batch
+from ..capturing import (
+    atom_operators,
+    errors_of_rounding,
+    reference_output,
+    relative_error,
+    rewrites,
+    token_batch,
+)
 from ..models import HandWritten, tiny_llama
 
 W6A8 = Scheme.preset("w6a8")
@@ -73,18 +80,8 @@ def test_fusing_changes_nothing(scheme: Scheme, bias: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_gptq(scheme: Scheme, graphs_run_eagerly: list[Any], tmp_path: Path) -> None:
-    model, ids = tiny_llama(layers=1), token_batch(4, 64)
-    wanted = model(ids).logits
-    recipe = calibrate(model, [ids], scheme, progress=False)
-    recipe.save(tmp_path / "recipe.safetensors")
-    loaded = Recipe.load(tmp_path / "recipe.safetensors")
-    assert loaded.scheme == scheme and loaded.rounded.keys() == recipe.rounded.keys()
-    errors = []
-    for options in ({"scheme": scheme}, {"recipe": loaded}):
-        torch._dynamo.reset()
-        model.compile(backend="atom", options={**options, "strict": True})
-        errors.append(relative_error(model(ids).logits, wanted))
-    assert errors[1] < 0.9 * errors[0]
+    nearest, by_gptq = errors_of_rounding(scheme, tmp_path)
+    assert by_gptq < 0.9 * nearest
 
 
 def test_a_layer_over_the_budget_stays_as_it_is() -> None:
