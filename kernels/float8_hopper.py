@@ -29,6 +29,7 @@ from .linear_hopper import (
     count_segments,
     descriptor,
     gather_parts,
+    rows_descriptor,
     segment,
     share_out,
     store_rows,
@@ -283,15 +284,11 @@ def launch(
     M = codes.numel() // K
     block_m = tiling.block_m
     sharing = share_out(out, num_groups, tiling, STEP_US[False][tiling], multiprocessors)
-    weight_rows = rows_per_group(weight)
-    all_rows = (num_groups - 1) * weight_rows + N  # those between two groups' own included
-    planes = (
-        one.as_strided((all_rows, one.shape[2]), (one.shape[2], 1)) for one in (weight, high_bits)
-    )
     float_format = FORMATS[format]
     float8_hopper_kernel[(sharing.programs,)](
         descriptor(codes.view(M, K), block_m, 2 * half_group),
-        *(descriptor(plane, _BLOCK_N, plane.shape[1]) for plane in planes),
+        rows_descriptor(weight, _BLOCK_N),
+        rows_descriptor(high_bits, _BLOCK_N),
         scale,
         row_scale,
         out if bias is None else bias,
@@ -301,7 +298,7 @@ def launch(
         sharing.arrivals,
         M,
         N,
-        weight_rows,
+        rows_per_group(weight),
         num_groups,
         sharing.whole_tiles,
         GROUP=2 * half_group,

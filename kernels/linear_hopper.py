@@ -699,10 +699,7 @@ def launch(
     block_m, blocks = tiling
     step_us = STEP_US[row_scale is not None][tiling]
     sharing = share_out(out, num_groups, tiling, step_us, multiprocessors)
-    weight_rows = rows_per_group(weight)
-    all_rows = (num_groups - 1) * weight_rows + N  # those between two groups' own included
-    stored = weight.as_strided((all_rows, half_group), (half_group, 1))
-    weight_desc = descriptor(stored, 128 * blocks, half_group)
+    weight_desc = rows_descriptor(weight, 128 * blocks)
     linear_hopper_kernel[(sharing.programs,)](
         descriptor(codes.view(M, width), block_m, 2 * half_group),
         weight_desc,
@@ -718,7 +715,7 @@ def launch(
         sharing.arrivals,
         M,
         N,
-        weight_rows,
+        rows_per_group(weight),
         num_groups,
         sharing.whole_tiles,
         width - outliers,
@@ -736,8 +733,17 @@ def launch(
     )
 
 
+def rows_descriptor(plane: Tensor, rows: int) -> TensorDescriptor:
+    """For TMA to read blocks of rows of a plane (G, N, bytes) of a packed weight, which may be rows
+    of a larger one: all groups' rows are one matrix, those between two groups' own included."""
+    num_groups, N, width = plane.shape
+    all_rows = (num_groups - 1) * rows_per_group(plane) + N
+    return descriptor(plane.as_strided((all_rows, width), (width, 1)), rows, width)
+
+
 def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """For TMA to read blocks of (rows, columns) bytes, swizzled as wgmma and ldmatrix want them."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=columns, element_bitwidth=8, rank=2)
+    swizzle = columns if columns >= 32 else 0  # the least that there is
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8, rank=2)
     known = matrix if matrix.dtype.is_floating_point else matrix.view(torch.int8)
     return TensorDescriptor.from_tensor(known, [rows, columns], layout)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .formats import FORMATS
 from .packing import AnyWeight, GroupLayout, pack_bits, unpack_bits
+from .sizes import cdiv
 
 
 def store(packed: AnyWeight, layout: GroupLayout, format: str = "int") -> AnyWeight:
@@ -83,4 +84,4 @@ def _pad(rows: Tensor, bits: int, layout: GroupLayout) -> Tensor:
 
 def _in_whole_bytes(channels: int, bits: int) -> int:
     per_byte = 8 // bits
-    return -(-channels // per_byte) * per_byte
+    return cdiv(channels, per_byte) * per_byte

@@ -33,6 +33,7 @@ from .linear_hopper import (
     count_segments,
     gather_parts,
     per_tiling,
+    rows_descriptor,
     segment,
     share_out,
     store_rows,
@@ -431,15 +432,14 @@ def is_aligned(
 
 def best_tiling(
     M: int, N: int, num_groups: int, dtype: torch.dtype, kind: str, multiprocessors: int
-) -> tuple[float, HopperTiling]:
-    """The microseconds that the fastest tiling should take, and it; kind: as in STEP_US."""
+) -> tuple[HopperTiling, float]:
+    """The fastest one, and the microseconds that it should take; kind: as in STEP_US."""
     step_us = {
         tiling: us
         for tiling, us in STEP_US[kind].items()
         if tiling.blocks == 1 or dtype == torch.bfloat16  # to scale weights float16 is too narrow
     }
-    tiling, us = linear_hopper.best_tiling(M, N, num_groups, step_us, multiprocessors)
-    return us, tiling
+    return linear_hopper.best_tiling(M, N, num_groups, step_us, multiprocessors)
 
 
 def launch(
@@ -461,8 +461,7 @@ def launch(
     block_m, blocks = tiling
     step_us = STEP_US["other" if bits[0] else "int"][tiling]
     sharing = share_out(out, num_groups, tiling, step_us, multiprocessors)
-    weight_rows = rows_per_group(weight)
-    weight_desc = _rows(weight, 128 * blocks)
+    weight_desc = rows_descriptor(weight, 128 * blocks)
     high_bytes = 0 if high_bits is None else high_bits.shape[2]
     stage_bytes = 4 * half_group * block_m + 128 * blocks * (half_group + high_bytes + 4)
     weight_only_hopper_kernel[(sharing.programs,)](
@@ -470,7 +469,7 @@ def launch(
             x.view(M, x.shape[-1]), [block_m, 2 * half_group], gl.NVMMASharedLayout(128, 16, 2)
         ),
         weight_desc,
-        weight_desc if high_bits is None else _rows(high_bits, 128 * blocks),
+        weight_desc if high_bits is None else rows_descriptor(high_bits, 128 * blocks),
         weight_scale,
         weight_scale if zero_point is None else zero_point,
         out if bias is None else bias,
@@ -480,7 +479,7 @@ def launch(
         sharing.arrivals,
         M,
         N,
-        weight_rows,
+        rows_per_group(weight),
         num_groups,
         sharing.whole_tiles,
         GROUP=2 * half_group,
@@ -496,12 +495,3 @@ def launch(
         REGISTERS=ROLE_REGISTERS,
         num_warps=4,
     )
-
-
-def _rows(matrix: Tensor, rows: int) -> TensorDescriptor:
-    """For TMA to read blocks of rows of a matrix (G, N, bytes), all groups' below each other."""
-    num_groups, N, width = matrix.shape
-    all_rows = (num_groups - 1) * rows_per_group(matrix) + N  # those between two groups' own too
-    stored = matrix.view(torch.int8).as_strided((all_rows, width), (width, 1))
-    layout = gl.NVMMASharedLayout(width if width >= 32 else 0, 8, 2)
-    return TensorDescriptor.from_tensor(stored, [rows, width], layout)

@@ -356,9 +356,9 @@ def choose_tiling(
         (dense_us, None),
     ]
     if M > _FEW_TOKENS and weight_only_hopper.fits(N, K, group_size, dtype, format):
-        choices.append(
-            weight_only_hopper.best_tiling(M, N, num_groups, dtype, kind, multiprocessors(device))
-        )
+        sizes = M, N, num_groups, dtype, kind, multiprocessors(device)
+        on_hopper, us = weight_only_hopper.best_tiling(*sizes)
+        choices.append((us, on_hopper))
     return min(choices, key=lambda choice: choice[0])[1]
 
 
@@ -580,8 +580,9 @@ def dequantize(
     """The weight (N, K) in `dtype`, on a GPU; in e4m3 its codes as they are placed, not scaled:
     2^-gap of their values."""
     in_rows = isinstance(packed, RowWeight)
-    if isinstance(packed, RowWeight):
-        packed = GroupedWeight(packed.weight, packed.weight, None, *packed[1:])
+    if isinstance(packed, RowWeight):  # has no scales of groups, and none are read
+        unread = packed.weight
+        packed = GroupedWeight(packed.weight, unread, None, packed.high_bits, packed.row_scale)
     weight, weight_scale, zero_point, high_bits, row_scale = packed
     num_groups, N, half_group = weight.shape
     dense = weight.new_empty(N, K, dtype=dtype)

@@ -94,4 +94,4 @@ def test_what_it_does_not_fit() -> None:
 @pytest.mark.parametrize("kind", ["int", "other"])
 def test_float16_weights_are_not_scaled(kind: str) -> None:
     for dtype, blocks in ((torch.bfloat16, 2), (torch.float16, 1)):
-        assert weight_only_hopper.best_tiling(8192, 28672, 32, dtype, kind, 132)[1].blocks == blocks
+        assert weight_only_hopper.best_tiling(8192, 28672, 32, dtype, kind, 132)[0].blocks == blocks
