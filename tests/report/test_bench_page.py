@@ -15,7 +15,7 @@ from atom_compile.bench.saved import load_all
 from .conftest import NETWORK, Open
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-MEASURED = sorted((*FOLDER.glob("llama3-8b-*.json"), *FOLDER.glob("*-model-*.json")))
+MEASURED = sorted({*FOLDER.glob("llama3-8b-*.json"), *FOLDER.glob("*-model-*.json")})
 
 
 @pytest.fixture(scope="module")
