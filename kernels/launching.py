@@ -55,6 +55,18 @@ def buffer(*shape: int, dtype: torch.dtype) -> Buffer:
     return Buffer(shape, tuple(reversed(stride[: len(shape)])), dtype)
 
 
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x (*, K), or its rows (M, K), with unit stride along K; and from one row to the next.
+
+    It is a view, if x is a slice of a merged linear's output.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
+
+
 class Blocks(NamedTuple):
     """How TMA is to read a matrix without gaps, which lies at a tensor's beginning."""
 

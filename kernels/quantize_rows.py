@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .devices import multiprocessors
-from .launching import Buffer, Launch, buffer, plan
+from .launching import Buffer, Launch, as_rows, buffer, plan
 from .packing import LARGEST_E2M1, OUTLIER_BITS, TINY, GroupLayout
 from .rotate import outlier_block, rotated
 from .sizes import cdiv, next_power_of_2
@@ -364,10 +364,18 @@ _TRITON_DTYPES = {
 _MANY_ROWS = 1024
 
 
-class _Plan(NamedTuple):
+class Quantizing(NamedTuple):
+    """A launch whose last pointers are codes (*, padded_width) and scale (num_scales, *)."""
+
     codes: Buffer
     scale: Buffer
     launch: Launch
+
+    @classmethod
+    def of(cls, layout: GroupLayout, tokens: tuple[int, ...], launch: Launch) -> Quantizing:
+        """For tokens (*)."""
+        codes = buffer(*tokens, layout.padded_width, dtype=torch.int8)
+        return cls(codes, buffer(layout.num_scales, *tokens, dtype=torch.float32), launch)
 
 
 @plan
@@ -385,12 +393,11 @@ def plan_rows(
     norm: Norm | None,
     numbers: tuple[Any, ...],
     format: str,
-) -> _Plan:
+) -> Quantizing:
     """For x of `shape` (*, K). dtype: of what is quantized."""
     of_all = Numbers(*numbers)
     _, group_size, outlier_channels, clip, int8_groups, rotation, per_token = of_all
     layout = of_all.layout(shape[-1])
-    padded_width = layout.padded_width
     M = math.prod(shape[:-1])
     # gathered in memory, a few wide rows are cut as well
     gathers = has_order and (layout.width <= 8192 or M > 64)
@@ -400,7 +407,7 @@ def plan_rows(
         block = min(block, max(group_size, 2048))
     largest, outlier_largest = of_all.largest(format), 2 ** (OUTLIER_BITS - 1) - 1
     num_groups, outlier_rotation = layout.num_groups, outlier_block(outlier_channels, rotation)
-    ragged = padded_width != layout.width
+    ragged = layout.padded_width != layout.width
     if (
         not ragged
         and not per_token
@@ -455,11 +462,7 @@ def plan_rows(
         num_warps=num_warps,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
     )
-    return _Plan(
-        buffer(*shape[:-1], padded_width, dtype=torch.int8),
-        buffer(layout.num_scales, *shape[:-1], dtype=torch.float32),
-        launch,
-    )
+    return Quantizing.of(layout, shape[:-1], launch)
 
 
 def launch(
@@ -479,8 +482,8 @@ def launch(
 
     numbers: as Numbers; weight, bias: of the norm.
     """
-    rows, x_stride = _as_rows(x)
-    up_rows, up_stride = (None, 0) if up is None else _as_rows(up)
+    rows, x_stride = as_rows(x)
+    up_rows, up_stride = (None, 0) if up is None else as_rows(up)
     planned = plan_rows(
         x.shape, x_stride, up_stride, x.device, dtype or x.dtype, up is not None,
         weight is not None, bias is not None, order is not None, activation, norm, numbers, format,
@@ -489,15 +492,3 @@ def launch(
     if codes.numel():
         planned.launch(rows, up_rows, weight, bias, order, codes, scale)
     return codes, scale
-
-
-def _as_rows(x: Tensor) -> tuple[Tensor, int]:
-    """(*, K), or (M, K), with unit stride along K, and its rows' stride.
-
-    A view, if x is a slice of a merged linear.
-    """
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    return rows, rows.stride(0)
