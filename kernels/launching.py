@@ -31,6 +31,8 @@ _MOST_DESCRIPTORS = 1024  # that are kept of a launch
 # allocates as Inductor's graphs do, in half the time that it takes by way of the dispatcher
 _empty_strided_cuda: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
 
+_RUNTIME = knobs.runtime
+Arguments = tuple[Any, ...]
 Prepared = Callable[[int, Sequence[Tensor | None], list[int]], object]
 
 
@@ -105,7 +107,9 @@ class Launch:
 
         tensors: those of the descriptors, then the pointers; None where the kernel reads nothing.
         """
-        if not self._is_compiled or self._is_observed():
+        before, after = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
+        is_observed = getattr(before, "calls", before) or getattr(after, "calls", after)
+        if not self._is_compiled or is_observed or self._kernel.pre_run_hooks:
             self._launch_by_triton(tensors)
             return
         # Triton refuses what is not on a GPU, but only as a tensor
@@ -121,12 +125,6 @@ class Launch:
             self._prepared[device, *dtypes] = self._prepare(compiled, len(tensors))
         else:
             prepared(torch._C._cuda_getCurrentRawStream(device), tensors, addresses)
-
-    def _is_observed(self) -> bool:
-        """Whether a profiler or the like is to be told of launches."""
-        before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        hooks = getattr(before, "calls", before) or getattr(after, "calls", after)
-        return bool(hooks or self._kernel.pre_run_hooks)
 
     def _launch_by_triton(self, tensors: Sequence[Tensor | None]) -> Any:
         num_blocks = len(self._blocks)
@@ -146,21 +144,21 @@ class Launch:
         tail = *self._numbers, *constants
         if not isinstance(compiled, CompiledKernel) or num_tensors + len(tail) != len(names):
             return by_triton
-        x, y, z = (*self._grid, 1, 1)[:3]
-        run = compiled.run
-        head = compiled.function, compiled.packed_metadata, None, None, None  # for no hooks
-        if not self._blocks:
-            return lambda stream, _, at: run(x, y, z, stream, *head, *at, *tail)
+        launcher = compiled.run
+        if not num_blocks:
+            run = self._bind(compiled, launcher)
+            return lambda stream, _, at: run(stream, (*at, *tail))
         try:
             from triton.backends.nvidia.driver import make_tensordesc_arg
 
-            run = copy.copy(run)
-            run.launch = inspect.getclosurevars(run.launch).nonlocals["launcher"]
+            launcher = copy.copy(launcher)  # to be given descriptors that are made
+            launcher.launch = inspect.getclosurevars(launcher.launch).nonlocals["launcher"]
             metadata = compiled.metadata.tensordesc_meta
         except (ImportError, AttributeError, KeyError):
             return by_triton
         if not metadata or len(metadata) != num_blocks:
             return by_triton
+        run = self._bind(compiled, launcher)
         # they follow from addresses and sizes alone, whatever comes to lie there
         known: dict[tuple[int, ...], list[Any]] = {}
 
@@ -172,6 +170,28 @@ class Launch:
                 descriptors = map(Blocks.descriptor, self._blocks, cast(list[Tensor], tensors))
                 parts = map(make_tensordesc_arg, descriptors, metadata)
                 known[described] = [part for one in parts for part in one]
-            run(x, y, z, stream, *head, *known[described], *at[num_blocks:], *tail)
+            run(stream, (*known[described], *at[num_blocks:], *tail))
 
         return launch
+
+    def _bind(self, compiled: CompiledKernel, launcher: Any) -> Callable[[int, Arguments], object]:
+        """Triton's launcher of a kernel, as a function of a stream and the kernel's arguments.
+
+        It is there to allocate what a kernel may ask to work in. For one that does not, the
+        function in C that it goes on to call is called in its place, for half the time.
+        """
+        grid = (*self._grid, 1, 1)[:3]
+        head = compiled.function, compiled.packed_metadata, None, None, None  # for no hooks
+        scratch = "global_scratch_size", "profile_scratch_size"
+        if not any(getattr(launcher, size, True) for size in scratch):
+            given: list[Any] = []
+            mark = object()
+            watched = copy.copy(launcher)
+            watched.launch = lambda *arguments: given.extend(arguments)
+            watched(*grid, None, *head, mark)
+            in_c, middle, last = launcher.launch, given[4:-1], given[-1]
+            if last is mark:  # Triton 3.6
+                return lambda stream, arguments: in_c(*grid, stream, *middle, *arguments)
+            if last == (mark,):
+                return lambda stream, arguments: in_c(*grid, stream, *middle, arguments)
+        return lambda stream, arguments: launcher(*grid, stream, *head, *arguments)

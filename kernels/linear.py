@@ -13,6 +13,7 @@ registers, an INT4 code becomes 16 times itself, a code of E2M1 twice its value.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from .devices import multiprocessors
 from .formats import E2M1
 from .launching import Launch, buffer, plan
 from .library import define
-from .linear_hopper import HopperTiling, Sizes
+from .linear_hopper import HopperTiling
 from .packing import GroupLayout, rows_per_group, unpack_e2m1, unpack_int4
 from .sizes import cdiv, next_power_of_2
 
@@ -423,52 +424,63 @@ def multiply(
 
     tiling: for tuning; it names the kernel as well. format: `linear`'s.
     """
-    num_groups, N, half_group = weight.shape
-    outliers = outlier_weight.shape[1]
+    if codes.numel() == 0:
+        return codes.new_empty(*codes.shape[:-1], weight.shape[1], dtype=dtype)
     codes, scale = codes.contiguous(), scale.contiguous()
-    M = codes.numel() // codes.shape[-1]
-    if M == 0:
-        return codes.new_empty(*codes.shape[:-1], N, dtype=dtype)
-    tiling = tiling or choose_tiling(
-        M, N, num_groups, 2 * half_group, outliers, codes.device, row_scale is not None
-    )
-    if isinstance(tiling, HopperTiling) and not linear_hopper.is_aligned(weight, group_scale):
-        tiling = default_tiling(M, N, num_groups, multiprocessors(codes.device))
-    sizes = Sizes(codes.shape, weight.shape, rows_per_group(weight), outliers)
-    options = bias is not None, residual is not None, row_scale is not None, format == "e2m1"
+    sizes = codes.shape, weight.shape, rows_per_group(weight), outlier_weight.shape[1]
+    options = bias is not None, residual is not None, row_scale is not None, dtype, format
+    product, tiling = plan_product(*sizes, *options, tiling, codes.device)
     if isinstance(tiling, Tiling):
-        product = _plan_product(sizes, dtype, *options, tiling, codes.is_cuda)
         operands: tuple[Tensor | None, ...] = (
             codes, scale, weight, group_scale, row_scale, outlier_weight, outlier_scale
         )  # fmt: skip
-    else:
-        processors = multiprocessors(codes.device)
-        product = linear_hopper.plan_product(sizes, dtype, *options, tiling, processors)
+    elif linear_hopper.is_aligned(weight, group_scale):
         operands = (
-            codes, weight, outlier_weight if outliers else weight, scale, group_scale, row_scale,
-            outlier_scale,
+            codes, weight, outlier_weight if outlier_weight.shape[1] else weight, scale,
+            group_scale, row_scale, outlier_scale,
+        )  # fmt: skip
+    else:
+        M, (num_groups, N, _) = codes.numel() // codes.shape[-1], weight.shape
+        tiling = default_tiling(M, N, num_groups, multiprocessors(codes.device))
+        return multiply(
+            codes, scale, weight, group_scale, row_scale, outlier_weight, outlier_scale, bias,
+            residual, dtype, tiling, format,
         )  # fmt: skip
     return product.multiply(codes, operands, bias, residual)
 
 
 @plan
-def _plan_product(
-    sizes: Sizes,
-    dtype: torch.dtype,
+def plan_product(
+    codes_shape: torch.Size,
+    weight_shape: torch.Size,
+    rows_per_group: int,
+    outliers: int,
     has_bias: bool,
     has_residual: bool,
     is_two_level: bool,
-    is_e2m1: bool,
-    tiling: Tiling,
-    on_gpu: bool,
-) -> Product:
-    num_groups, N, half_group = sizes.weight
-    outliers, width = sizes.outliers, sizes.codes[-1]
-    tiles, sharing = split_tiles(sizes.M, N, tiling)
+    dtype: torch.dtype,
+    format: str,
+    tiling: Tiling | HopperTiling | None,
+    device: torch.device,
+) -> tuple[Product, Tiling | HopperTiling]:
+    """Its operands are the tensors of `multiply`, in the order of the tiling's kernel."""
+    num_groups, N, half_group = weight_shape
+    M, width = math.prod(codes_shape[:-1]), codes_shape[-1]
+    tiling = tiling or choose_tiling(
+        M, N, num_groups, 2 * half_group, outliers, device, is_two_level
+    )
+    out = buffer(*codes_shape[:-1], N, dtype=dtype)
+    if isinstance(tiling, HopperTiling):
+        sharing, launch = linear_hopper.plan_launch(
+            (M, width), weight_shape, rows_per_group, outliers, has_bias, has_residual,
+            is_two_level, format == "e2m1", tiling, multiprocessors(device),
+        )  # fmt: skip
+        return Product(out, sharing, launch), tiling
+    tiles, sharing = split_tiles(M, N, tiling)
     launch = Launch(
         linear_kernel,
         (tiles, tiling.split_k),
-        (sizes.M, N, sizes.rows_per_group, num_groups, width),
+        (M, N, rows_per_group, num_groups, width),
         HALF_GROUP=half_group,
         OUTLIERS=outliers,
         OUTLIER_BLOCK=max(32, next_power_of_2(max(outliers, 1))),
@@ -478,13 +490,20 @@ def _plan_product(
         BLOCK_N=tiling.block_n,
         IS_SPLIT=tiling.split_k > 1,
         TWO_LEVEL=is_two_level,
-        IS_E2M1=is_e2m1,
+        IS_E2M1=format == "e2m1",
         TILES_PER_BAND=8,
-        PTX=on_gpu,
+        PTX=device.type == "cuda",
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
-    return Product(buffer(*sizes.codes[:-1], N, dtype=dtype), sharing, launch)
+    return Product(out, sharing, launch), tiling
+
+
+def forget_tilings() -> None:
+    """Looks tuned launches up anew from now on."""
+    tuning.forget()
+    choose_tiling.cache_clear()
+    plan_product.cache_clear()
 
 
 def split_tiles(M: int, N: int, tiling: Tiling) -> tuple[int, Sharing]:

@@ -15,7 +15,6 @@ would be a last, half-empty round of tiles is shared out evenly along K instead 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -32,9 +31,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import e2m1
-from .arrivals import ALONE, Product, Sharing
+from .arrivals import ALONE, Sharing
 from .devices import is_hopper
-from .launching import Blocks, Launch, buffer, plan
+from .launching import Blocks, Launch, buffer
 from .packing import rows_per_group
 from .sizes import cdiv
 
@@ -651,19 +650,6 @@ def _share_us(shared_tiles: int, tiling: HopperTiling, multiprocessors: int) -> 
     return parts * (2 + 0.04 * tiling.block_m)
 
 
-class Sizes(NamedTuple):
-    """Of a product's operands."""
-
-    codes: torch.Size  # (*, padded_width)
-    weight: torch.Size  # (num_groups, N, half_group)
-    rows_per_group: int
-    outliers: int
-
-    @property
-    def M(self) -> int:
-        return math.prod(self.codes[:-1])
-
-
 def share_out(
     M: int, N: int, num_groups: int, tiling: HopperTiling, step_us: float, multiprocessors: int
 ) -> tuple[int, int, Sharing]:
@@ -678,34 +664,34 @@ def share_out(
     return programs, whole, Sharing(partial, 2 * (tiles - whole))
 
 
-@plan
-def plan_product(
-    sizes: Sizes,
-    dtype: torch.dtype,
+def plan_launch(
+    codes_shape: tuple[int, int],
+    weight_shape: torch.Size,
+    rows_per_group: int,
+    outliers: int,
     has_bias: bool,
     has_residual: bool,
     is_two_level: bool,
     is_e2m1: bool,
     tiling: HopperTiling,
     multiprocessors: int,
-) -> Product:
+) -> tuple[Sharing, Launch]:
     """Its operands: codes, weight and its outliers, or the weight again; scale, group_scale,
     row_scale and outlier_scale. With two levels of scales they are those of `two_level_linear`,
     else `linear`'s, and group_scale its weight_scale.
     """
-    num_groups, N, half_group = sizes.weight
-    M, outliers, width = sizes.M, sizes.outliers, sizes.codes[-1]
+    (M, width), (num_groups, N, half_group) = codes_shape, weight_shape
     block_m, blocks = tiling
     step_us = STEP_US[is_two_level][tiling]
     programs, whole, sharing = share_out(M, N, num_groups, tiling, step_us, multiprocessors)
-    weight_blocks = blocks_of_rows(sizes.weight, sizes.rows_per_group, 128 * blocks)
+    weight_blocks = blocks_of_rows(weight_shape, rows_per_group, 128 * blocks)
     outlier_blocks = blocks_of_bytes((N, outliers), 128 * blocks, _OUTLIER_STEP)
     launch = Launch(
         linear_hopper_kernel,
         (programs,),
-        (M, N, sizes.rows_per_group, num_groups, whole, width - outliers),
+        (M, N, rows_per_group, num_groups, whole, width - outliers),
         (
-            blocks_of_bytes((M, width), block_m, 2 * half_group),
+            blocks_of_bytes(codes_shape, block_m, 2 * half_group),
             weight_blocks,
             outlier_blocks if outliers else weight_blocks,
         ),
@@ -721,7 +707,7 @@ def plan_product(
         REGISTERS=ROLE_REGISTERS,
         num_warps=4,
     )
-    return Product(buffer(*sizes.codes[:-1], N, dtype=dtype), sharing, launch)
+    return sharing, launch
 
 
 def blocks_of_rows(plane: Sequence[int], rows_per_group: int, rows: int) -> Blocks:
