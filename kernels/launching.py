@@ -45,7 +45,8 @@ class Buffer(NamedTuple):
 
     def beside(self, x: Tensor) -> Tensor:
         """An uninitialized tensor on x's device, which is the current one."""
-        if x.is_cuda:
+        fills = torch._C._get_deterministic_algorithms()  # new memory, to show who reads it
+        if x.is_cuda and not fills:
             return _empty_strided_cuda(*self)
         return x.new_empty(self.shape, dtype=self.dtype)
 
