@@ -70,7 +70,7 @@ def test_every_call_is_of_its_own_tensors(N: int, offset: int) -> None:
         torch.testing.assert_close(out, x.float() * 3.0 + bias.float(), rtol=1e-3, atol=1e-3)
 
 
-class Compiled(CompiledKernel):
+class Compiled(CompiledKernel):  # type: ignore[misc]
     """What Triton returns from a launch; its launcher takes arguments as Triton 3.6's does."""
 
     function, packed_metadata = 11, (4, 1, 0)
