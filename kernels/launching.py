@@ -32,7 +32,6 @@ _MOST_DESCRIPTORS = 1024  # that are kept of a launch
 _empty_strided_cuda: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
 
 _RUNTIME = knobs.runtime
-Arguments = tuple[Any, ...]
 Prepared = Callable[[int, Sequence[Tensor | None], list[int]], object]
 
 
@@ -165,17 +164,21 @@ class Launch:
 
         def launch(stream: int, tensors: Sequence[Tensor | None], at: list[int]) -> None:
             described = tuple(at[:num_blocks])
-            if described not in known:
-                if len(known) == _MOST_DESCRIPTORS:
-                    known.clear()
+            parts = known.get(described)
+            if parts is None:
                 descriptors = map(Blocks.descriptor, self._blocks, cast(list[Tensor], tensors))
-                parts = map(make_tensordesc_arg, descriptors, metadata)
-                known[described] = [part for one in parts for part in one]
-            run(stream, (*known[described], *at[num_blocks:], *tail))
+                made = map(make_tensordesc_arg, descriptors, metadata)
+                parts = [part for one in made for part in one]
+                if len(known) >= _MOST_DESCRIPTORS:
+                    known.clear()
+                known[described] = parts
+            run(stream, (*parts, *at[num_blocks:], *tail))
 
         return launch
 
-    def _bind(self, compiled: CompiledKernel, launcher: Any) -> Callable[[int, Arguments], object]:
+    def _bind(
+        self, compiled: CompiledKernel, launcher: Any
+    ) -> Callable[[int, tuple[Any, ...]], object]:
         """Triton's launcher of a kernel, as a function of a stream and the kernel's arguments.
 
         It is there to allocate what a kernel may ask to work in. For one that does not, the
