@@ -47,7 +47,7 @@ from . import linear, weight_only_hopper
 from .arrivals import Product
 from .devices import is_hopper, multiprocessors
 from .formats import BLOCK_FORMATS, element_format
-from .launching import Launch, buffer, plan
+from .launching import Buffer, Launch, buffer, plan
 from .library import define
 from .linear import Tiling, split_tiles, store_tile, tile_in_band
 from .linear_hopper import HopperTiling
@@ -514,7 +514,7 @@ def multiply_packed(
     product = _plan_product(
         x.shape, weight.shape, rows_per_group(weight), dtype or x.dtype, zero_point is not None,
         x_scale is not None, bias is not None, residual is not None, format, tiling,
-        _pack(x.device, tiling),
+        x.device,
     )  # fmt: skip
     x_scale = None if x_scale is None else x_scale.contiguous()
     operands = x, x_scale, weight, weight_scale, zero_point, high_bits, row_scale
@@ -533,7 +533,7 @@ def _plan_product(
     has_residual: bool,
     format: str,
     tiling: Tiling,
-    pack: int,
+    device: torch.device,
 ) -> Product:
     """dtype: of the output."""
     num_groups, N, half_group = weight_shape
@@ -558,7 +558,7 @@ def _plan_product(
         BLOCK_N=tiling.block_n,
         IS_SPLIT=tiling.split_k > 1,
         TILES_PER_BAND=8,
-        PACK=pack,
+        PACK=_pack(device, tiling),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
@@ -594,24 +594,43 @@ def dequantize(
     if isinstance(packed, GroupedWeight):
         weight_scale, zero_point = packed.weight_scale, packed.zero_point
         scale = _scale_of(format)
-    num_groups, N, half_group = weight.shape
-    dense = weight.new_empty(N, K, dtype=dtype)
+    planned, launch = _plan_dequantize(
+        weight.shape, rows_per_group(weight), K, dtype, scale, zero_point is not None, format,
+        weight.is_cuda,
+    )  # fmt: skip
+    dense = planned.beside(weight)
+    launch(weight, weight_scale, zero_point, high_bits, row_scale, dense)
+    return dense
+
+
+@plan
+def _plan_dequantize(
+    weight_shape: torch.Size,
+    rows_per_group: int,
+    K: int,
+    dtype: torch.dtype,
+    scale: str,
+    has_zero_point: bool,
+    format: str,
+    on_gpu: bool,
+) -> tuple[Buffer, Launch]:
+    """dtype: of the dense weight; scale: as `read_scale` takes it."""
+    num_groups, N, half_group = weight_shape
     exponent_bits, mantissa_bits = _bits(format)
     block_n = max(1, 4096 // half_group)
     launch = Launch(
         dequantize_kernel,
         (cdiv(N, block_n), num_groups),
-        (N, K, rows_per_group(weight)),
+        (N, K, rows_per_group),
         HALF_GROUP=half_group,
         EXPONENT_BITS=exponent_bits,
         MANTISSA_BITS=mantissa_bits,
         SCALE=scale,
-        HAS_ZERO_POINT=zero_point is not None,
+        HAS_ZERO_POINT=has_zero_point,
         BLOCK_N=block_n,
-        PACK=4 if weight.is_cuda else 0,
+        PACK=4 if on_gpu else 0,
     )
-    launch(weight, weight_scale, zero_point, high_bits, row_scale, dense)
-    return dense
+    return buffer(N, K, dtype=dtype), launch
 
 
 weight_only_linear = define(
