@@ -34,7 +34,8 @@ class KVCache(Cache):  # type: ignore[misc]
     config: the model's configuration.
     max_batch, max_len: how many sequences, and tokens of each, prompt included, there is room for.
     scheme: "kv4", "kv4-rotated", "kv8", "kv16" or a `KVScheme`.
-    device: the model's; by default a GPU if there is one.
+    device: the model's; by default a GPU if there is one. In a model that is spread over several,
+        layers move to their own when they are first written to.
     dtype: of what stays in 16 bits; the configuration's by default.
 
     Raises OptionError for an unknown scheme or one that does not suit the model, and CacheError
@@ -175,6 +176,7 @@ class KVLayer(StaticLayer):  # type: ignore[misc]
 
         Both come back as (batch, num_kv_heads, max_len, head_dim), zeros where nothing is held.
         """
+        self._follow(key_states.device)
         self._check(key_states, value_states)
         if self.scheme.rotate:
             key_states, value_states = rotate_heads(key_states), rotate_heads(value_states)
@@ -210,6 +212,14 @@ class KVLayer(StaticLayer):  # type: ignore[misc]
             return wide.index_copy(2, held % slots, ring.index_select(2, held % self.window))
 
         return (*(widen(ring) for ring in self.tensors[:4]), self.key_recent, self.value_recent)
+
+    def _follow(self, device: torch.device) -> None:
+        """To where the model's layer lies, while nothing is held."""
+        if torch.compiler.is_compiling() or device == self.device or int(self.cumulative_length):
+            return
+        self.rope = None if self.rope is None else self.rope.to(device)
+        sizes = self.batch_size, self.num_heads, self.k_head_dim, self.v_head_dim
+        self.allocate(*sizes, self.dtype, device)
 
     def _check(self, key: Tensor, value: Tensor) -> None:
         batch, heads, tokens, key_dim = key.shape

@@ -46,7 +46,6 @@ from atom_compile.packer import Places, make_plan, pack_group
 from atom_compile.progress import track
 from atom_compile.transformers_quantizer import attach
 
-REPEATS = 3
 PROMPT_TOKENS = 128
 
 
@@ -60,6 +59,7 @@ def main() -> None:
     parser.add_argument("--scheme", default="w4a4")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--tokens", type=int, default=64, help="how many to generate")
+    parser.add_argument("--repeats", type=int, default=3, help="processes timed, after a first one")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -246,7 +246,7 @@ def in_processes(arguments: argparse.Namespace, folder: Path, part: str) -> dict
     command = [sys.executable, __file__, "process", "--folder", str(folder), "--out", part]
     command.append("--compile" if compiles(arguments) else "--no-compile")
     seconds = []
-    for _ in range(1 + REPEATS):
+    for _ in range(1 + arguments.repeats):
         before = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         whole = time.perf_counter() - before

@@ -2,8 +2,8 @@
 
 One warp loads a stage, a group of channels, by TMA alone: codes, and both planes of the weight. Two
 warpgroups put their 64 rows into e4m3 in the registers that wgmma reads. wgmma keeps some 14 bits
-of a sum, so each group's is added up by itself and then to the float32 one; two groups are under
-way at a time. All scaling is at a tile's end.
+of a sum, so those of every 512 channels are added up by themselves and then to the float32 ones.
+All scaling is at a tile's end.
 """
 
 from __future__ import annotations
@@ -102,6 +102,9 @@ def _operand(
     return gl.convert_layout(placed, layout).to(gl.float8e4nv, bitcast=True)
 
 
+_AT_ONCE = gl.constexpr(4)  # groups whose sum the tensor cores keep
+
+
 @gluon.jit
 def _sum_groups(
     codes_ring, weight_ring, high_bits_ring, full, empty, step, groups, ROW: gl.constexpr,
@@ -113,7 +116,7 @@ def _sum_groups(
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     acc = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
     nothing = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
-    if groups % 2 == 1:
+    for _ in range(groups % _AT_ONCE):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         weight = _operand(
@@ -124,26 +127,22 @@ def _sum_groups(
         acc += warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(empty.index(stage), count=1)
         step += 1
-    for _ in range(groups // 2):
-        first = step % STAGES
-        second = (step + 1) % STAGES
-        mbarrier.wait(full.index(first), (step // STAGES) & 1)
-        weight = _operand(
-            weight_ring, high_bits_ring, first, ROW, EXPONENT_BITS, MANTISSA_BITS, layout
-        )
-        codes = codes_ring.index(first).permute((1, 0))
-        first_sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
-        mbarrier.wait(full.index(second), ((step + 1) // STAGES) & 1)
-        weight = _operand(
-            weight_ring, high_bits_ring, second, ROW, EXPONENT_BITS, MANTISSA_BITS, layout
-        )
-        codes = codes_ring.index(second).permute((1, 0))
-        second_sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
-        acc += warpgroup_mma_wait(1, deps=[first_sums])
-        mbarrier.arrive(empty.index(first), count=1)
-        acc += warpgroup_mma_wait(0, deps=[second_sums])
-        mbarrier.arrive(empty.index(second), count=1)
-        step += 2
+    for _ in range(groups // _AT_ONCE):
+        sums = nothing
+        for part in gl.static_range(_AT_ONCE):
+            stage = (step + part) % STAGES
+            mbarrier.wait(full.index(stage), ((step + part) // STAGES) & 1)
+            weight = _operand(
+                weight_ring, high_bits_ring, stage, ROW, EXPONENT_BITS, MANTISSA_BITS, layout
+            )
+            codes = codes_ring.index(stage).permute((1, 0))
+            sums = warpgroup_mma(weight, codes, sums, use_acc=part > 0, is_async=True)
+            if part > 0:  # the product before has been read
+                sums = warpgroup_mma_wait(1, deps=[sums])
+                mbarrier.arrive(empty.index((step + part - 1) % STAGES), count=1)
+        acc += warpgroup_mma_wait(0, deps=[sums])
+        step += _AT_ONCE
+        mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
     return acc, step
 
 

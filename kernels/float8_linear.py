@@ -6,7 +6,7 @@
 Every value of E3M2 and E2M3 is one of e4m3, a power of two apart that goes into the scale
 (formats.py): tensor cores multiply the codes as they are, and all scaling is at the end. Sums are
 of float32; but tensor cores that multiply e4m3 keep some 14 bits of a sum, so our kernels let them
-add up no more than 128 channels.
+add up no more than 512 channels.
 
 For few tokens it is `weight_only_linear`'s kernel, with e4m3 in place of 16 bits where the GPU
 multiplies it, and float16, as exact, where it does not. For more there is one of its own on Hopper

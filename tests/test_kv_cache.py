@@ -126,6 +126,30 @@ def test_prompts_of_changing_lengths(model: Any, graphs_run_eagerly: list[Any]) 
     assert len(graphs_run_eagerly) == 2
 
 
+def test_layers_move_to_where_the_model_has_them() -> None:
+    config = transformers.LlamaConfig(**NUMBERS)
+    cache = KVCache(config, 1, 12, KVScheme(keys_before_rope=True))
+    layers = cache.quantized_layers
+    keys = torch.zeros(1, 2, 3, 64)
+    layers[0].update(keys, keys)
+    for layer in layers:
+        layer._follow(torch.device("meta"))
+    held = [[one for one in (*layer.tensors, layer.rope) if one is not None] for layer in layers]
+    places = [{one.device.type for one in tensors} for tensors in held]
+    assert places == [{"cpu"}, {"meta"}]  # what the first one holds stays where it is
+    with pytest.raises(CacheError, match=r"on meta, .* on cpu: make KVCache"):
+        layers[0].update(keys.to("meta"), keys.to("meta"))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_cache_made_on_another_device() -> None:
+    model, ids = tiny_llama().cuda(), token_batch(1, 8).cuda()
+    want = model(ids, past_key_values=KVCache(model.config, 1, 12)).logits
+    got = model(ids, past_key_values=KVCache(model.config, 1, 12, device="cpu")).logits
+    assert torch.equal(got, want)
+
+
 def test_bytes() -> None:
     config = transformers.LlamaConfig(**NUMBERS | {"head_dim": 128})
     caches = {name: KVCache(config, 2, 64, name, dtype=torch.bfloat16) for name in PRESETS}
