@@ -113,8 +113,7 @@ def tune(
             _write(path, list(rows.values()), setting)
             progress.advance(task)
             yield outcome
-    tuning.forget()
-    linear.choose_tiling.cache_clear()
+    linear.forget_tilings()
 
 
 def _describe(progress: Progress, task: Any, size: Size, done: int, candidates: int) -> None:

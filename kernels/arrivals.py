@@ -1,12 +1,16 @@
-"""Counters by which the programs that share a tile of a product know who is the last of them."""
+"""Products whose tiles are shared by programs, and how those know who is the last of them."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .launching import Buffer, Launch, buffer
 
 
 class Arrivals:
@@ -22,17 +26,17 @@ class Arrivals:
         self._device = device
         self._of_stream: dict[int, Tensor] = {}
         self._unused: list[Tensor] | None = None
-        self._nothing = self._zeros(0)
+        self.none = self._zeros(0).float(), self._zeros(0)
+        """Partial sums and counters of a launch that shares no tiles."""
 
     def counters(self, tiles: int) -> Tensor:
-        if tiles == 0:
-            return self._nothing
         if self._device.type != "cuda" or tiles > self.MOST_TILES:
             return self._zeros(tiles)
-        if torch.cuda.is_current_stream_capturing():
+        if torch._C._cuda_isCurrentStreamCapturing():
             # without a spare row the graph zeroes its own at every replay, for 1 us a launch
             return self._unused.pop() if self._unused else self._zeros(tiles)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        # torch.cuda.current_stream() would make an object, for several times as long
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         if stream not in self._of_stream:
             if self._unused is None:
                 self._unused = self._rows_outside_of_pools()
@@ -58,3 +62,39 @@ class Arrivals:
 
 
 arrivals_of = functools.cache(Arrivals)
+
+
+class Sharing(NamedTuple):
+    """How the programs of one launch share tiles."""
+
+    partial: Buffer  # their sums
+    tiles: int
+
+    def begin(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Partial sums and arrivals for a call whose tensors are where x is."""
+        arrivals = arrivals_of(x.device)
+        if self.tiles == 0:
+            return arrivals.none
+        return self.partial.beside(x), arrivals.counters(self.tiles)
+
+
+ALONE = Sharing(buffer(0, dtype=torch.float32), 0)
+
+
+class Product(NamedTuple):
+    """A launch of a kernel that multiplies; its last pointers are those of `multiply`."""
+
+    out: Buffer
+    sharing: Sharing
+    launch: Launch
+
+    def multiply(
+        self, x: Tensor, operands: Sequence[Tensor | None], bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """residual: of the output's shape, or expanded to it; operands: x among them."""
+        out = self.out.beside(x)
+        if residual is not None:
+            residual = residual.expand(out.shape).contiguous()
+        self.launch(*operands, bias, residual, out, *self.sharing.begin(x))
+        return out

@@ -9,16 +9,24 @@ The tokens' own keys and values are in the cache already. Source of the layout: 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import kv_cache
-from .attention_decode import MOST_ROWS, DecodeTiling, Partial, launch_combine, launch_decode
-from .attention_prefill import PrefillTiling, launch_prefill
-from .attention_tiles import Arguments
+from .attention_decode import (
+    MOST_ROWS,
+    DecodePlan,
+    DecodeTiling,
+    Partial,
+    launch_combine,
+    plan_decode,
+)
+from .attention_prefill import PrefillTiling, plan_prefill
+from .attention_tiles import Arguments, Described
 from .kv_cache import CACHE
+from .launching import Buffer, Launch, buffer, plan
 from .library import define
 
 
@@ -140,14 +148,32 @@ def launch_partial(
     """(B, Q, num_heads, D), and what it is to be filled from if it is not filled yet."""
     query = arguments.query
     B, num_heads, Q, D = query.shape
-    out = query.new_empty(B, Q, num_heads, D)
-    if out.numel() == 0:
-        return out, None
-    decodes = is_decode(query, arguments.key_codes)
-    if isinstance(tiling, DecodeTiling) or (tiling is None and decodes):
-        return out, launch_decode(arguments.contiguous(), out, tiling)
-    launch_prefill(arguments.contiguous(), out, tiling)
+    if query.numel() == 0:
+        return query.new_empty(B, Q, num_heads, D), None
+    arguments = arguments.contiguous()
+    planned = _plan(arguments.described(), tiling, query.device)
+    out = planned.out.beside(query)
+    if isinstance(planned.launch, DecodePlan):
+        return out, planned.launch.start(arguments, out)
+    planned.launch(*arguments.tensors, out)
     return out, None
+
+
+class _Plan(NamedTuple):
+    out: Buffer
+    launch: DecodePlan | Launch
+
+
+@plan
+def _plan(
+    described: Described, tiling: DecodeTiling | PrefillTiling | None, device: torch.device
+) -> _Plan:
+    a = Arguments.like(described)
+    B, num_heads, Q, D = a.query.shape
+    out = buffer(B, Q, num_heads, D, dtype=a.query.dtype)
+    if isinstance(tiling, PrefillTiling) or not (tiling or is_decode(a.query, a.key_codes)):
+        return _Plan(out, plan_prefill(a, tiling, device))
+    return _Plan(out, plan_decode(a, tiling, device))
 
 
 attention = define(

@@ -17,14 +17,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .attention_tiles import (
     Arguments,
     cap_scores,
-    device_of,
     dot,
     hide,
+    properties_of,
     read_keys,
     read_values,
     softmax_step,
     split_pair,
 )
+from .launching import Buffer, Launch, buffer, plan
 from .sizes import cdiv, next_power_of_2
 
 
@@ -526,8 +527,27 @@ class Partial(NamedTuple):
     scales: Tensor  # (splits, 2, B, Q, num_heads): the highest score, and the weights' sum
 
 
-def launch_decode(a: Arguments, out: Tensor, tiling: DecodeTiling | None) -> Partial | None:
-    """Fills `out` (B, Q, num_heads, D), or if several programs share a sequence a Partial."""
+class DecodePlan(NamedTuple):
+    """`launch`: of the tensors of Arguments, the output and a Partial's or None in place of them.
+
+    sums, scales: of the Partial, if several programs share a sequence.
+    """
+
+    launch: Launch
+    sums: Buffer | None
+    scales: Buffer | None
+
+    def start(self, a: Arguments, out: Tensor) -> Partial | None:
+        """Fills `out` (B, Q, num_heads, D), or if several programs share a sequence a Partial."""
+        if self.sums is None or self.scales is None:
+            self.launch(*a.tensors, out, None, None)
+            return None
+        partial = Partial(self.sums.beside(out), self.scales.beside(out))
+        self.launch(*a.tensors, out, *partial)
+        return partial
+
+
+def plan_decode(a: Arguments, tiling: DecodeTiling | None, device: torch.device) -> DecodePlan:
     B, num_heads, Q, D = a.query.shape
     num_kv_heads, slots = a.key_codes.shape[1:3]
     in_a_word = 16 // a.bits  # codes
@@ -536,22 +556,13 @@ def launch_decode(a: Arguments, out: Tensor, tiling: DecodeTiling | None) -> Par
     rows = min(max(8, next_power_of_2(Q * a.heads)), MOST_ROWS)
     planes = B * num_kv_heads * cdiv(Q * a.heads, rows)
     plain = min(key_parts, value_parts) > 1
-    device = device_of(out)
-    tiling = tiling or default_decode_tiling(
-        planes, slots, rows, a.bits, plain, device.multiprocessors
-    )
-    partial = None
-    if tiling.splits > 1:
-        sums = out.new_empty(tiling.splits, B, Q, num_heads, D, dtype=torch.float32)
-        partial = Partial(sums, out.new_empty(tiling.splits, 2, B, Q, num_heads, dtype=sums.dtype))
-    decode_kernel[(tiling.splits, planes // B, B)](
-        *a.pointers(out),
-        out,
-        out if partial is None else partial.sums,
-        out if partial is None else partial.scales,
-        *a.sizes(),
-        *a.strides(),
-        *a.scores(),
+    multiprocessors, overlaps = properties_of(device)
+    tiling = tiling or default_decode_tiling(planes, slots, rows, a.bits, plain, multiprocessors)
+    is_split = tiling.splits > 1
+    launch = Launch(
+        decode_kernel,
+        (tiling.splits, planes // B, B),
+        (*a.sizes(), *a.strides(), *a.scores()),
         KEY_PARTS=key_parts,
         VALUE_PARTS=value_parts,
         KEY_COLUMNS=max(16, next_power_of_2(D // key_parts)),
@@ -560,26 +571,32 @@ def launch_decode(a: Arguments, out: Tensor, tiling: DecodeTiling | None) -> Par
         ONE_TOKEN=Q == 1,
         ROWS=rows,
         BLOCK=tiling.block,
-        IS_SPLIT=partial is not None,
-        OVERLAP=partial is not None and device.overlaps,
+        IS_SPLIT=is_split,
+        OVERLAP=is_split and overlaps,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        **a.constants(),
+        **a.constants(device.type == "cuda"),
     )
-    return partial
+    if not is_split:
+        return DecodePlan(launch, None, None)
+    sums = buffer(tiling.splits, B, Q, num_heads, D, dtype=torch.float32)
+    return DecodePlan(launch, sums, buffer(*sums.shape[:1], 2, *sums.shape[1:4], dtype=sums.dtype))
 
 
 def launch_combine(partial: Partial, out: Tensor) -> None:
-    D = out.shape[-1]
-    splits = partial.sums.shape[0]
-    rows = out.numel() // D
-    overlaps = device_of(out).overlaps
-    combine_kernel[(rows,)](
-        partial.sums,
-        partial.scales,
-        out,
-        rows,
-        splits,
+    """Fills `out` (B, Q, num_heads, D)."""
+    launch = _plan_combine(out.shape, partial.sums.shape[0], out.device)
+    launch(*partial, out)
+
+
+@plan
+def _plan_combine(shape: torch.Size, splits: int, device: torch.device) -> Launch:
+    rows, D = math.prod(shape[:-1]), shape[-1]
+    overlaps = properties_of(device).overlaps
+    return Launch(
+        combine_kernel,
+        (rows,),
+        (rows, splits),
         HEAD_DIM=D,
         HEAD_BLOCK=next_power_of_2(D),
         SPLITS=next_power_of_2(splits),

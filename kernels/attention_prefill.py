@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .attention_tiles import Arguments, cap_scores, dot, hide, read_keys, softmax_step
+from .launching import Launch
 from .sizes import cdiv, next_power_of_2
 
 
@@ -338,25 +339,23 @@ def default_prefill_tiling(
     return PrefillTiling(128 if plain and rows > 64 else 64, 64, 4, 3 if plain else 1)
 
 
-def launch_prefill(a: Arguments, out: Tensor, tiling: PrefillTiling | None) -> None:
-    """Fills `out` (B, Q, num_heads, D)."""
+def plan_prefill(a: Arguments, tiling: PrefillTiling | None, device: torch.device) -> Launch:
+    """Of the tensors of Arguments, and the output (B, Q, num_heads, D)."""
     B, _, Q, D = a.query.shape
     num_kv_heads, slots = a.key_codes.shape[1:3]
     rows = Q * a.heads
     half_block = max(16, next_power_of_2(D // 2))
     plain = max(a.key_groups, a.value_groups) <= 1 and a.rope is None and a.key_recent is None
-    tiling = tiling or default_prefill_tiling(rows, half_block, out.element_size(), plain)
-    prefill_kernel[(cdiv(rows, tiling.block_m), num_kv_heads, B)](
-        *a.pointers(out),
-        out,
-        *a.sizes(),
-        *a.strides(),
-        *a.scores(),
+    tiling = tiling or default_prefill_tiling(rows, half_block, a.query.element_size(), plain)
+    return Launch(
+        prefill_kernel,
+        (cdiv(rows, tiling.block_m), num_kv_heads, B),
+        (*a.sizes(), *a.strides(), *a.scores()),
         HALF_BLOCK=half_block,
         ALIGNED=slots % tiling.block_n == 0,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        **a.constants(),
+        **a.constants(device.type == "cuda"),
     )

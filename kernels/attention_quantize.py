@@ -20,12 +20,13 @@ from triton.language.extra.cuda import gdc_wait
 from . import attention, quantize, quantize_rows
 from .attention_decode import DecodeTiling, combine_rows, launch_combine
 from .attention_prefill import PrefillTiling
-from .attention_tiles import Arguments, device_of
+from .attention_tiles import Arguments, properties_of
 from .kv_cache import CACHE
+from .launching import Launch, plan
 from .library import define
 from .packing import OUTLIER_BITS
 from .quantize import NUMBERS
-from .quantize_rows import Numbers, _quantize, _store_groups
+from .quantize_rows import Numbers, Quantizing, _quantize, _store_groups
 from .rotate import outlier_block, rotated
 from .sizes import next_power_of_2
 
@@ -182,31 +183,45 @@ def launch(
     *arguments: Any, tiling: DecodeTiling | PrefillTiling | None = None, format: str = "int"
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels on the arguments of `reference`; `tiling` is for tuning."""
-    order, numbers = arguments[_ATTENDING], Numbers(*arguments[_ATTENDING + 1 :])
-    _, group_size, outlier_channels, clip, int8_groups, rotation, per_token = numbers
+    order, numbers = arguments[_ATTENDING], arguments[_ATTENDING + 1 :]
     attended, partial = attention.launch_partial(Arguments(*arguments[:_ATTENDING]), tiling)
-    B, Q, num_heads, D = attended.shape
+    num_heads, D = attended.shape[2:]
     if partial is not None and partial.sums.shape[0] * num_heads * D > _MOST_FUSED:
         launch_combine(partial, attended)
         partial = None
     if partial is None:
-        return quantize_rows.launch(attended.flatten(2), order, numbers, format=format)
-    layout = numbers.layout(num_heads * D)
-    codes = attended.new_empty(B, Q, layout.padded_width, dtype=torch.int8)
-    scale = attended.new_empty(layout.num_scales, B, Q, dtype=torch.float32)
-    splits = partial.sums.shape[0]
+        return quantize_rows.launch(attended.flatten(2), order, numbers, format)
+    planned = _plan(
+        attended.shape, partial.sums.shape[0], attended.dtype, order is not None, numbers, format,
+        attended.device,
+    )  # fmt: skip
+    codes, scale = planned.codes.beside(attended), planned.scale.beside(attended)
+    planned.launch(*partial, order, codes, scale)
+    return codes, scale
+
+
+@plan
+def _plan(
+    shape: torch.Size,
+    splits: int,
+    dtype: torch.dtype,
+    has_order: bool,
+    numbers: tuple[Any, ...],
+    format: str,
+    device: torch.device,
+) -> Quantizing:
+    """For what is attended, of `shape` (B, Q, num_heads, D) and `dtype`."""
+    B, Q, num_heads, D = shape
+    of_all = Numbers(*numbers)
+    _, group_size, outlier_channels, clip, int8_groups, rotation, per_token = of_all
+    layout = of_all.layout(num_heads * D)
     heads_block, head_block = (next_power_of_2(size) for size in (num_heads, D))
-    largest, outlier_largest = numbers.largest(format), 2 ** (OUTLIER_BITS - 1) - 1
-    combine_quantize_kernel[(B * Q,)](
-        partial.sums,
-        partial.scales,
-        codes if order is None else order,
-        codes,
-        scale,
-        B * Q,
-        splits,
-        clip / largest,
-        1.0 / outlier_largest,
+    largest, outlier_largest = of_all.largest(format), 2 ** (OUTLIER_BITS - 1) - 1
+    overlaps = properties_of(device).overlaps
+    launch = Launch(
+        combine_quantize_kernel,
+        (B * Q,),
+        (B * Q, splits, clip / largest, 1.0 / outlier_largest),
         NUM_HEADS=num_heads,
         HEADS_BLOCK=heads_block,
         HEAD_DIM=D,
@@ -225,14 +240,14 @@ def launch(
         PER_TOKEN=per_token,
         ROTATION=rotation,
         OUTLIER_ROTATION=outlier_block(outlier_channels, rotation),
-        HAS_ORDER=order is not None,
-        RESULT=quantize_rows._TRITON_DTYPES[attended.dtype],
-        OVERLAP=device_of(codes).overlaps,
-        launch_pdl=device_of(codes).overlaps,
+        HAS_ORDER=has_order,
+        RESULT=quantize_rows._TRITON_DTYPES[dtype],
+        OVERLAP=overlaps,
+        launch_pdl=overlaps,
         num_warps=min(max(4, heads_block * head_block // 512), 16),
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
     )
-    return codes, scale
+    return Quantizing.of(layout, (B, Q), launch)
 
 
 attention_quantize = define(

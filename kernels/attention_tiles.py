@@ -116,16 +116,17 @@ class Device(NamedTuple):
     overlaps: bool  # a kernel can be launched before the one that it waits for has ended
 
 
-def device_of(tensor: Tensor) -> Device:
-    return _properties(tensor.device)
-
-
 @functools.cache
-def _properties(device: torch.device) -> Device:
+def properties_of(device: torch.device) -> Device:
     if device.type != "cuda":
         return Device(1, False)
     properties = torch.cuda.get_device_properties(device)
     return Device(properties.multi_processor_count, properties.major >= 9)
+
+
+_TENSORS = 11  # of the arguments, which come first
+Described = tuple[Any, ...]
+"""Of each of those tensors shape, strides and dtype, or None; then the other arguments."""
 
 
 class Arguments(NamedTuple):
@@ -149,8 +150,11 @@ class Arguments(NamedTuple):
 
     def contiguous(self) -> Arguments:
         """The cache and its like with no gaps, the mask with all its dimensions."""
+        unstrided = all(x is None or x.is_contiguous() for x in self.tensors[1:-1])
+        if unstrided and self.mask is None and self.scale > 0.0 and self.query.stride(-1) == 1:
+            return self
         B, num_heads, Q, _ = self.query.shape
-        unstrided: dict[str, Any] = {
+        copies: dict[str, Any] = {
             name: tensor.contiguous()
             for name, tensor in self._asdict().items()
             if name not in ("query", "mask") and isinstance(tensor, Tensor)
@@ -163,7 +167,26 @@ class Arguments(NamedTuple):
         if scale <= 0.0:  # the kernels take the highest score before they scale
             query, scale = query * (-1.0 if scale else 0.0), -scale or 1.0
         query = query if query.stride(-1) == 1 else query.contiguous()
-        return self._replace(query=query, mask=mask, scale=scale, **unstrided)
+        return self._replace(query=query, mask=mask, scale=scale, **copies)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        tensors: tuple[Any, ...] = self[:_TENSORS]
+        return tensors
+
+    def described(self) -> Described:
+        """All that launches are planned by, without the tensors themselves."""
+        layouts = [None if x is None else (x.shape, x.stride(), x.dtype) for x in self.tensors]
+        return (*layouts, *self[_TENSORS:])
+
+    @classmethod
+    def like(cls, described: Described) -> Arguments:
+        """Arguments whose tensors have a layout and no memory."""
+        tensors: list[Any] = [
+            None if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device="meta")
+            for x in described[:_TENSORS]
+        ]
+        return cls(*tensors, *described[_TENSORS:])
 
     @property
     def heads(self) -> int:
@@ -177,10 +200,6 @@ class Arguments(NamedTuple):
     @property
     def value_groups(self) -> int:
         return 0 if self.value_scale is None else self.value_scale.shape[-2]
-
-    def pointers(self, absent: Tensor) -> list[Tensor]:
-        """The tensors, `absent`, which no kernel reads, in place of those that are None."""
-        return [absent if one is None else one for one in self[:11]]
 
     def sizes(self) -> tuple[int, ...]:
         """Q, num_kv_heads, slots, residual, positions in the rope table and the mask, window."""
@@ -207,7 +226,7 @@ class Arguments(NamedTuple):
             return 2.0 * LOG2_E.value * self.scale / self.softcap, self.softcap * LOG2_E.value
         return self.scale * LOG2_E.value, 0.0
 
-    def constants(self) -> dict[str, Any]:
+    def constants(self, on_gpu: bool) -> dict[str, Any]:
         """What both kernels are compiled for."""
         mask = self.mask
         return {
@@ -222,5 +241,5 @@ class Arguments(NamedTuple):
             "HAS_WINDOW": self.position is not None and self.window > 0,
             "MASK": "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float",
             "HAS_SOFTCAP": self.softcap != 0,
-            "PTX": self.query.is_cuda,
+            "PTX": on_gpu,
         }

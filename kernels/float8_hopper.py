@@ -8,8 +8,9 @@ All scaling is at a tile's end.
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,22 +21,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import linear_hopper
+from .arrivals import Product
 from .devices import is_hopper
 from .formats import FORMATS
+from .launching import Launch, buffer, plan
 from .linear_hopper import (
     ROLE_REGISTERS,
     STEP_US,
     HopperTiling,
+    blocks_of_bytes,
+    blocks_of_rows,
     count_segments,
-    descriptor,
     gather_parts,
-    rows_descriptor,
     segment,
     share_out,
     store_rows,
     tile_at,
 )
-from .packing import RowWeight, rows_per_group
 from .weight_values import placing_in_e4m3
 
 
@@ -265,50 +267,43 @@ def best_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> Hopper
     return linear_hopper.best_tiling(M, N, num_groups, STEP_US[False], multiprocessors)[0]
 
 
-def launch(
-    codes: Tensor,
-    scale: Tensor,
-    packed: RowWeight,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
+@plan
+def plan_product(
+    codes_shape: torch.Size,
+    weight_shape: torch.Size,
+    rows_per_group: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    has_residual: bool,
     format: str,
     tiling: HopperTiling,
     multiprocessors: int,
-) -> None:
-    """Fills `out` (*, N); everything contiguous, but the weight may be rows of a larger one."""
-    weight, high_bits, row_scale = packed
-    num_groups, N, half_group = weight.shape
-    K = codes.shape[-1]
-    M = codes.numel() // K
-    block_m = tiling.block_m
-    sharing = share_out(out, num_groups, tiling, STEP_US[False][tiling], multiprocessors)
+) -> Product:
+    """Its operands: codes, weight and high_bits; scale and row_scale. dtype: of the output."""
+    num_groups, N, half_group = weight_shape
+    M, K = math.prod(codes_shape[:-1]), codes_shape[-1]
+    block_m, step_us = tiling.block_m, STEP_US[False][tiling]
+    programs, whole, sharing = share_out(M, N, num_groups, tiling, step_us, multiprocessors)
     float_format = FORMATS[format]
-    float8_hopper_kernel[(sharing.programs,)](
-        descriptor(codes.view(M, K), block_m, 2 * half_group),
-        rows_descriptor(weight, _BLOCK_N),
-        rows_descriptor(high_bits, _BLOCK_N),
-        scale,
-        row_scale,
-        out if bias is None else bias,
-        out if residual is None else residual,
-        out,
-        sharing.partial,
-        sharing.arrivals,
-        M,
-        N,
-        rows_per_group(weight),
-        num_groups,
-        sharing.whole_tiles,
+    launch = Launch(
+        float8_hopper_kernel,
+        (programs,),
+        (M, N, rows_per_group, num_groups, whole),
+        (
+            blocks_of_bytes((M, K), block_m, 2 * half_group, torch.float8_e4m3fn),
+            blocks_of_rows(weight_shape, rows_per_group, _BLOCK_N),
+            blocks_of_rows((num_groups, N, half_group // 2), rows_per_group, _BLOCK_N),
+        ),
         GROUP=2 * half_group,
         EXPONENT_BITS=float_format.exponent_bits,
         MANTISSA_BITS=float_format.mantissa_bits,
         GAP=2.0 ** float_format.gap(torch.float8_e4m3fn),
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=has_bias,
+        HAS_RESIDUAL=has_residual,
         BLOCK_M=block_m,
         BLOCK_N=_BLOCK_N,
         STAGES=_STAGES[block_m],
         REGISTERS=ROLE_REGISTERS,
         num_warps=4,
     )
+    return Product(buffer(*codes_shape[:-1], N, dtype=dtype), sharing, launch)

@@ -31,7 +31,7 @@ from .formats import FORMATS
 from .library import define
 from .linear import Tiling
 from .linear_hopper import HopperTiling
-from .packing import GroupLayout, RowWeight, dequantize_weight
+from .packing import GroupLayout, RowWeight, dequantize_weight, rows_per_group
 
 GROUP_SIZE = 128
 """Channels that lie together in the planes; see packing.py."""
@@ -191,12 +191,13 @@ def multiply_on_hopper(
     format: str,
 ) -> Tensor:
     """`launch` by Hopper's own kernel, for sizes that it `fits`."""
-    out = codes.new_empty(*codes.shape[:-1], packed.row_scale.shape[0], dtype=dtype)
-    if residual is not None:
-        residual = residual.expand(out.shape).contiguous()
-    arguments = codes.contiguous(), scale.contiguous(), packed, bias, residual, out
-    float8_hopper.launch(*arguments, format, tiling, multiprocessors(codes.device))
-    return out
+    weight, high_bits, row_scale = packed
+    codes, scale = codes.contiguous(), scale.contiguous()
+    product = float8_hopper.plan_product(
+        codes.shape, weight.shape, rows_per_group(weight), dtype, bias is not None,
+        residual is not None, format, tiling, multiprocessors(codes.device),
+    )  # fmt: skip
+    return product.multiply(codes, (codes, weight, high_bits, scale, row_scale), bias, residual)
 
 
 def multiply_scaled(

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from . import quantize, quantize_rows
 from .library import define
-from .quantize_rows import Numbers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
@@ -64,14 +63,7 @@ def launch(
     *numbers: Any,
     format: str = "int",
 ) -> tuple[Tensor, Tensor]:
-    return quantize_rows.launch(
-        gate,
-        order,
-        Numbers(*numbers),
-        format=format,
-        up=up,
-        activation=activation,
-    )
+    return quantize_rows.launch(gate, order, numbers, format, up=up, activation=activation)
 
 
 gated_quantize = define(

@@ -35,6 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import Buffer, Launch, buffer, plan
 from .library import define
 from .sizes import cdiv, next_power_of_2
 
@@ -439,57 +440,91 @@ def launch_append(
     """With a rotation, of the key too, the rotated query (B, num_heads, T, D) as (B, T, H, D)."""
     caches = (key_codes, key_scale, value_codes, value_scale, key_recent, value_recent, rope)
     _require_contiguous(*caches)
-    batch, num_kv_heads, tokens, head_dim = key.shape
-    query, cos, sin = rotation or (key, key, key)  # else pointers that the kernel does not read
-    num_heads = query.shape[1] if rotation else 0
-    out = query.new_empty(batch, tokens, num_heads, head_dim) if rotation else None
-    if batch * tokens == 0:
-        return out
-    if rotation:
-        cos, sin = (table.expand(batch, -1, -1) for table in (cos, sin))
-        if cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
+    query, cos, sin = rotation or (None, None, None)
+    if cos is not None and sin is not None and _layout(cos) != _layout(sin):
+        cos, sin = (table.expand(key.shape[0], -1, -1).contiguous() for table in (cos, sin))
+    launch, rotated = _plan_append(
+        _layout(query), _layout(key), _layout(value), _layout(cos), key_codes.shape,
+        _shape(key_scale), _shape(value_scale), _shape(key_recent), _shape(value_recent),
+        _shape(rope), _stride(length), bits, (key if query is None else query).dtype,
+    )  # fmt: skip
+    out = None if rotated is None else rotated.beside(key)
+    if key.numel():
+        codes_and_scales = key_codes, key_scale, key_recent, value_codes, value_scale, value_recent
+        launch(query, key, value, cos, sin, rope, length, out, *codes_and_scales)
+    return out
+
+
+Shape = tuple[int, ...]
+Layout = tuple[Shape, Shape]
+
+
+def _shape(x: Tensor | None) -> Shape | None:
+    return None if x is None else x.shape
+
+
+def _layout(x: Tensor | None) -> Layout | None:
+    """Shape and strides."""
+    return None if x is None else (x.shape, x.stride())
+
+
+@plan
+def _plan_append(
+    query: Layout | None,
+    key: Layout,
+    value: Layout,
+    cos: Layout | None,
+    codes: Shape,
+    key_scale: Shape | None,
+    value_scale: Shape | None,
+    key_recent: Shape | None,
+    value_recent: Shape | None,
+    rope: Shape | None,
+    length_stride: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> tuple[Launch, Buffer | None]:
+    """And the rotated query, of `dtype`, if there is one. codes: as many of keys as of values."""
+    (batch, num_kv_heads, tokens, head_dim), _ = key
+    num_heads = 0 if query is None else query[0][1]
+    no_strides = 0, 0, 0
+    cos_strides: Shape = no_strides
+    if cos is not None:
+        table = torch.empty_strided(*cos, device="meta")
+        cos_strides = table.expand(batch, -1, -1).stride()
     rows = min(16, next_power_of_2(tokens))
     half_block = next_power_of_2((head_dim + 1) // 2)
-    append_kernel[(cdiv(tokens, rows) * (num_heads + 2 * num_kv_heads), batch)](
-        query,
-        key,
-        value,
-        cos,
-        sin,
-        key if rope is None else rope,
-        length,
-        key if out is None else out,
-        key_codes,
-        key_codes if key_scale is None else key_scale,
-        key_codes if key_recent is None else key_recent,
-        value_codes,
-        value_codes if value_scale is None else value_scale,
-        value_codes if value_recent is None else value_recent,
-        tokens,
-        key_codes.shape[2],
-        1 if rope is None else rope.shape[0],
-        _stride(length),
-        num_heads,
-        num_kv_heads,
-        *query.stride(),
-        *key.stride(),
-        *value.stride(),
-        *cos.stride()[:3],
+    launch = Launch(
+        append_kernel,
+        (cdiv(tokens, rows) * (num_heads + 2 * num_kv_heads), batch),
+        (
+            tokens,
+            codes[2],
+            1 if rope is None else rope[0],
+            length_stride,
+            num_heads,
+            num_kv_heads,
+            *((*no_strides, 0) if query is None else query[1]),
+            *key[1],
+            *value[1],
+            *cos_strides,
+        ),
         HEAD_DIM=head_dim,
         BITS=bits,
-        KEY_GROUPS=0 if key_scale is None else key_scale.shape[3],
-        VALUE_GROUPS=0 if value_scale is None else value_scale.shape[3],
-        KEY_RESIDUAL=0 if key_recent is None else key_recent.shape[2],
-        VALUE_RESIDUAL=0 if value_recent is None else value_recent.shape[2],
-        ROTATED=cos.shape[-1] if rotation else 0,
-        TABLE=0 if rope is None else rope.shape[1],
+        KEY_GROUPS=0 if key_scale is None else key_scale[3],
+        VALUE_GROUPS=0 if value_scale is None else value_scale[3],
+        KEY_RESIDUAL=0 if key_recent is None else key_recent[2],
+        VALUE_RESIDUAL=0 if value_recent is None else value_recent[2],
+        ROTATED=0 if cos is None else cos[0][-1],
+        TABLE=0 if rope is None else rope[1],
         ROWS=rows,
         HALF_BLOCK=half_block,
         num_warps=min(max(1, rows * half_block // 256), 8),
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
     )
-    return out
+    if query is None:
+        return launch, None
+    return launch, buffer(batch, tokens, num_heads, head_dim, dtype=dtype)
 
 
 @triton.jit
@@ -569,34 +604,42 @@ def launch_read(
 ) -> Tensor:
     _require_contiguous(codes, scale, recent, rope)
     out = read_fake(codes, scale, recent, rope, length, batch, positions, bits, dtype)
-    if out.numel() == 0:
-        return out
-    num_kv_heads, head_dim = out.shape[1], out.shape[3]
+    launch = _plan_read(
+        out.shape, codes.shape[2], _shape(scale), _shape(recent), _shape(rope), _stride(length),
+        bits,
+    )  # fmt: skip
+    if out.numel():
+        launch(codes, scale, recent, rope, length, out)
+    return out
+
+
+@plan
+def _plan_read(
+    out: Shape,
+    slots: int,
+    scale: Shape | None,
+    recent: Shape | None,
+    rope: Shape | None,
+    length_stride: int,
+    bits: int,
+) -> Launch:
+    batch, num_kv_heads, positions, head_dim = out
     rows = min(16, next_power_of_2(positions))
     block = next_power_of_2(head_dim)
-    read_kernel[(cdiv(positions, rows) * num_kv_heads, batch)](
-        codes,
-        codes if scale is None else scale,
-        codes if recent is None else recent,
-        codes if rope is None else rope,
-        length,
-        out,
-        positions,
-        codes.shape[2],
-        1 if rope is None else rope.shape[0],
-        _stride(length),
-        num_kv_heads,
+    return Launch(
+        read_kernel,
+        (cdiv(positions, rows) * num_kv_heads, batch),
+        (positions, slots, 1 if rope is None else rope[0], length_stride, num_kv_heads),
         HEAD_DIM=head_dim,
         BITS=bits,
-        GROUPS=0 if scale is None else scale.shape[3],
-        RESIDUAL=0 if recent is None else recent.shape[2],
-        TABLE=0 if rope is None else rope.shape[1],
+        GROUPS=0 if scale is None else scale[3],
+        RESIDUAL=0 if recent is None else recent[2],
+        TABLE=0 if rope is None else rope[1],
         ROWS=rows,
         BLOCK=block,
         num_warps=min(max(1, rows * block // 512), 8),
         enable_fp_fusion=False,
     )
-    return out
 
 
 def _require_contiguous(*caches: Tensor | None) -> None:

@@ -13,6 +13,7 @@ registers, an INT4 code becomes 16 times itself, a code of E2M1 twice its value.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import e2m1, linear_hopper, tuning
-from .arrivals import arrivals_of
+from .arrivals import ALONE, Product, Sharing
 from .devices import multiprocessors
 from .formats import E2M1
+from .launching import Launch, buffer, plan
 from .library import define
 from .linear_hopper import HopperTiling
 from .packing import GroupLayout, rows_per_group, unpack_e2m1, unpack_int4
@@ -422,94 +424,94 @@ def multiply(
 
     tiling: for tuning; it names the kernel as well. format: `linear`'s.
     """
-    num_groups, N, half_group = weight.shape
-    outliers = outlier_weight.shape[1]
-    codes = codes.contiguous()
-    scale = scale.contiguous()
-    M = codes.numel() // codes.shape[-1]
-    out = codes.new_empty(*codes.shape[:-1], N, dtype=dtype)
-    if M == 0:
-        return out
-    if residual is not None:
-        residual = residual.expand(out.shape).contiguous()
-    tiling = tiling or choose_tiling(
-        M, N, num_groups, 2 * half_group, outliers, codes.device, row_scale is not None
-    )
-    arguments = (
-        codes, scale, weight, group_scale, row_scale, outlier_weight, outlier_scale, bias, residual,
-        out, format == "e2m1",
-    )  # fmt: skip
-    if isinstance(tiling, HopperTiling) and not linear_hopper.is_aligned(weight, group_scale):
-        tiling = default_tiling(M, N, num_groups, multiprocessors(codes.device))
+    if codes.numel() == 0:
+        return codes.new_empty(*codes.shape[:-1], weight.shape[1], dtype=dtype)
+    codes, scale = codes.contiguous(), scale.contiguous()
+    sizes = codes.shape, weight.shape, rows_per_group(weight), outlier_weight.shape[1]
+    options = bias is not None, residual is not None, row_scale is not None, dtype, format
+    product, tiling = plan_product(*sizes, *options, tiling, codes.device)
     if isinstance(tiling, Tiling):
-        _launch(*arguments, tiling)
+        operands: tuple[Tensor | None, ...] = (
+            codes, scale, weight, group_scale, row_scale, outlier_weight, outlier_scale
+        )  # fmt: skip
+    elif linear_hopper.is_aligned(weight, group_scale):
+        operands = (
+            codes, weight, outlier_weight if outlier_weight.shape[1] else weight, scale,
+            group_scale, row_scale, outlier_scale,
+        )  # fmt: skip
     else:
-        linear_hopper.launch(*arguments, tiling, multiprocessors(codes.device))
-    return out
+        M, (num_groups, N, _) = codes.numel() // codes.shape[-1], weight.shape
+        tiling = default_tiling(M, N, num_groups, multiprocessors(codes.device))
+        return multiply(
+            codes, scale, weight, group_scale, row_scale, outlier_weight, outlier_scale, bias,
+            residual, dtype, tiling, format,
+        )  # fmt: skip
+    return product.multiply(codes, operands, bias, residual)
 
 
-def split_buffers(out: Tensor, tiling: Tiling) -> tuple[int, Tensor, Tensor]:
-    """How many tiles a product `out` (*, N) has, its partial sums, and the tiles' arrivals."""
-    N = out.shape[-1]
-    M = out.numel() // N
-    tiles = cdiv(M, tiling.block_m) * cdiv(N, tiling.block_n)
-    if tiling.split_k == 1:
-        return tiles, out, out
-    partial = out.new_empty(tiling.split_k, M, N, dtype=torch.float32)
-    return tiles, partial, arrivals_of(out.device).counters(tiles)
-
-
-def _launch(
-    codes: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    group_scale: Tensor,
-    row_scale: Tensor | None,
-    outlier_weight: Tensor,
-    outlier_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    is_e2m1: bool,
-    tiling: Tiling,
-) -> None:
-    num_groups, N, half_group = weight.shape
-    outliers = outlier_weight.shape[1]
-    M = codes.numel() // codes.shape[-1]
-    tiles, partial, arrivals = split_buffers(out, tiling)
-    linear_kernel[(tiles, tiling.split_k)](
-        codes,
-        scale,
-        weight,
-        group_scale,
-        outlier_scale if row_scale is None else row_scale,
-        outlier_weight,
-        outlier_scale,
-        out if bias is None else bias,
-        out if residual is None else residual,
-        out,
-        partial,
-        arrivals,
-        M,
-        N,
-        rows_per_group(weight),
-        num_groups,
-        codes.shape[-1],
+@plan
+def plan_product(
+    codes_shape: torch.Size,
+    weight_shape: torch.Size,
+    rows_per_group: int,
+    outliers: int,
+    has_bias: bool,
+    has_residual: bool,
+    is_two_level: bool,
+    dtype: torch.dtype,
+    format: str,
+    tiling: Tiling | HopperTiling | None,
+    device: torch.device,
+) -> tuple[Product, Tiling | HopperTiling]:
+    """Its operands are the tensors of `multiply`, in the order of the tiling's kernel."""
+    num_groups, N, half_group = weight_shape
+    M, width = math.prod(codes_shape[:-1]), codes_shape[-1]
+    tiling = tiling or choose_tiling(
+        M, N, num_groups, 2 * half_group, outliers, device, is_two_level
+    )
+    out = buffer(*codes_shape[:-1], N, dtype=dtype)
+    if isinstance(tiling, HopperTiling):
+        sharing, launch = linear_hopper.plan_launch(
+            (M, width), weight_shape, rows_per_group, outliers, has_bias, has_residual,
+            is_two_level, format == "e2m1", tiling, multiprocessors(device),
+        )  # fmt: skip
+        return Product(out, sharing, launch), tiling
+    tiles, sharing = split_tiles(M, N, tiling)
+    launch = Launch(
+        linear_kernel,
+        (tiles, tiling.split_k),
+        (M, N, rows_per_group, num_groups, width),
         HALF_GROUP=half_group,
         OUTLIERS=outliers,
         OUTLIER_BLOCK=max(32, next_power_of_2(max(outliers, 1))),
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=has_bias,
+        HAS_RESIDUAL=has_residual,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         IS_SPLIT=tiling.split_k > 1,
-        TWO_LEVEL=row_scale is not None,
-        IS_E2M1=is_e2m1,
+        TWO_LEVEL=is_two_level,
+        IS_E2M1=format == "e2m1",
         TILES_PER_BAND=8,
-        PTX=codes.is_cuda,
+        PTX=device.type == "cuda",
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
+    return Product(out, sharing, launch), tiling
+
+
+def forget_tilings() -> None:
+    """Looks tuned launches up anew from now on."""
+    tuning.forget()
+    choose_tiling.cache_clear()
+    plan_product.cache_clear()
+
+
+def split_tiles(M: int, N: int, tiling: Tiling) -> tuple[int, Sharing]:
+    """How many tiles a product has, and how programs share them."""
+    tiles = cdiv(M, tiling.block_m) * cdiv(N, tiling.block_n)
+    if tiling.split_k == 1:
+        return tiles, ALONE
+    return tiles, Sharing(buffer(tiling.split_k, M, N, dtype=torch.float32), tiles)
 
 
 def launch(

@@ -15,7 +15,7 @@ would be a last, half-empty round of tiles is shared out evenly along K instead 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,11 +29,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import e2m1
-from .arrivals import arrivals_of
+from .arrivals import ALONE, Sharing
 from .devices import is_hopper
+from .launching import Blocks, Launch, buffer
 from .packing import rows_per_group
 from .sizes import cdiv
 
@@ -650,100 +650,78 @@ def _share_us(shared_tiles: int, tiling: HopperTiling, multiprocessors: int) -> 
     return parts * (2 + 0.04 * tiling.block_m)
 
 
-class Sharing(NamedTuple):
-    """How many programs are launched, how many tiles are one program's alone, and for the others
-    the partial sums and the tiles' arrivals."""
-
-    programs: int
-    whole_tiles: int
-    partial: Tensor
-    arrivals: Tensor
-
-
 def share_out(
-    out: Tensor, num_groups: int, tiling: HopperTiling, step_us: float, multiprocessors: int
-) -> Sharing:
-    """For a product `out` (*, N)."""
-    N = out.shape[-1]
-    tiles = _tiles(out.numel() // N, N, tiling)
+    M: int, N: int, num_groups: int, tiling: HopperTiling, step_us: float, multiprocessors: int
+) -> tuple[int, int, Sharing]:
+    """How many programs are launched, how many tiles are one program's alone, and how the others
+    are shared."""
+    tiles = _tiles(M, N, tiling)
     whole = whole_tiles(tiles, num_groups, tiling, step_us, multiprocessors)
-    arrivals = arrivals_of(out.device).counters(2 * (tiles - whole))
     if whole == tiles:
-        programs = min(tiles, multiprocessors)
-        return Sharing(programs, whole, arrivals.view(torch.float32), arrivals)
+        return min(tiles, multiprocessors), whole, ALONE
     programs = min(multiprocessors, (tiles - whole) * num_groups)
-    partial = out.new_empty(2 * programs, 128, tiling.block_m, dtype=torch.float32)
-    return Sharing(programs, whole, partial, arrivals)
+    partial = buffer(2 * programs, 128, tiling.block_m, dtype=torch.float32)
+    return programs, whole, Sharing(partial, 2 * (tiles - whole))
 
 
-def launch(
-    codes: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    group_scale: Tensor,
-    row_scale: Tensor | None,
-    outlier_weight: Tensor,
-    outlier_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
+def plan_launch(
+    codes_shape: tuple[int, int],
+    weight_shape: torch.Size,
+    rows_per_group: int,
+    outliers: int,
+    has_bias: bool,
+    has_residual: bool,
+    is_two_level: bool,
     is_e2m1: bool,
     tiling: HopperTiling,
     multiprocessors: int,
-) -> None:
-    """Fills `out` (*, N). With `row_scale` scales are in two levels, as in `two_level_linear`;
-    without it they are `linear`'s, and `group_scale` its weight_scale."""
-    num_groups, N, half_group = weight.shape
-    width, outliers = codes.shape[-1], outlier_weight.shape[1]
-    M = codes.numel() // width
+) -> tuple[Sharing, Launch]:
+    """Its operands: codes, weight and its outliers, or the weight again; scale, group_scale,
+    row_scale and outlier_scale. With two levels of scales they are those of `two_level_linear`,
+    else `linear`'s, and group_scale its weight_scale.
+    """
+    (M, width), (num_groups, N, half_group) = codes_shape, weight_shape
     block_m, blocks = tiling
-    step_us = STEP_US[row_scale is not None][tiling]
-    sharing = share_out(out, num_groups, tiling, step_us, multiprocessors)
-    weight_desc = rows_descriptor(weight, 128 * blocks)
-    linear_hopper_kernel[(sharing.programs,)](
-        descriptor(codes.view(M, width), block_m, 2 * half_group),
-        weight_desc,
-        descriptor(outlier_weight, 128 * blocks, _OUTLIER_STEP) if outliers else weight_desc,
-        scale,
-        group_scale,
-        outlier_scale if row_scale is None else row_scale,
-        outlier_scale,
-        out if bias is None else bias,
-        out if residual is None else residual,
-        out,
-        sharing.partial,
-        sharing.arrivals,
-        M,
-        N,
-        rows_per_group(weight),
-        num_groups,
-        sharing.whole_tiles,
-        width - outliers,
+    step_us = STEP_US[is_two_level][tiling]
+    programs, whole, sharing = share_out(M, N, num_groups, tiling, step_us, multiprocessors)
+    weight_blocks = blocks_of_rows(weight_shape, rows_per_group, 128 * blocks)
+    outlier_blocks = blocks_of_bytes((N, outliers), 128 * blocks, _OUTLIER_STEP)
+    launch = Launch(
+        linear_hopper_kernel,
+        (programs,),
+        (M, N, rows_per_group, num_groups, whole, width - outliers),
+        (
+            blocks_of_bytes(codes_shape, block_m, 2 * half_group),
+            weight_blocks,
+            outlier_blocks if outliers else weight_blocks,
+        ),
         GROUP=2 * half_group,
         OUTLIER_STEPS=cdiv(outliers, _OUTLIER_STEP),
-        TWO_LEVEL=row_scale is not None,
+        TWO_LEVEL=is_two_level,
         IS_E2M1=is_e2m1,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=has_bias,
+        HAS_RESIDUAL=has_residual,
         BLOCK_M=block_m,
         BLOCKS=blocks,
         STAGES=_STAGES[tiling],
         REGISTERS=ROLE_REGISTERS,
         num_warps=4,
     )
+    return sharing, launch
 
 
-def rows_descriptor(plane: Tensor, rows: int) -> TensorDescriptor:
-    """For TMA to read blocks of rows of a plane (G, N, bytes) of a packed weight, which may be rows
-    of a larger one: all groups' rows are one matrix, those between two groups' own included."""
-    num_groups, N, width = plane.shape
-    all_rows = (num_groups - 1) * rows_per_group(plane) + N
-    return descriptor(plane.as_strided((all_rows, width), (width, 1)), rows, width)
+def blocks_of_rows(plane: Sequence[int], rows_per_group: int, rows: int) -> Blocks:
+    """Blocks of whole rows of a plane (G, N, bytes) of a packed weight, which may be rows of a
+    larger one: all groups' rows are one matrix, those between two groups' own included."""
+    num_groups, N, width = plane
+    all_rows = (num_groups - 1) * rows_per_group + N
+    return blocks_of_bytes((all_rows, width), rows, width)
 
 
-def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """For TMA to read blocks of (rows, columns) bytes, swizzled as wgmma and ldmatrix want them."""
+def blocks_of_bytes(
+    shape: tuple[int, int], rows: int, columns: int, dtype: torch.dtype = torch.int8
+) -> Blocks:
+    """Blocks of (rows, columns) bytes, swizzled as wgmma and ldmatrix want them."""
     swizzle = columns if columns >= 32 else 0  # the least that there is
     layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8, rank=2)
-    known = matrix if matrix.dtype.is_floating_point else matrix.view(torch.int8)
-    return TensorDescriptor.from_tensor(known, [rows, columns], layout)
+    return Blocks(shape, dtype, (rows, columns), layout)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import quantize, quantize_rows
+from .launching import plan
 from .library import define
-from .quantize_rows import Numbers
+from .quantize_rows import Norm
 
 
 def norm(
@@ -86,19 +87,23 @@ def launch(
     *numbers: Any,
     format: str = "int",
 ) -> tuple[Tensor, Tensor]:
-    normed_dtype = x.dtype if round_normed else torch.float32
-    product_dtype = (
-        normed_dtype if weight is None else torch.promote_types(normed_dtype, weight.dtype)
+    rounding = _rounding(
+        eps,
+        center,
+        x.dtype if round_normed else torch.float32,
+        None if weight is None else weight.dtype,
     )
-    norm_arguments = quantize_rows.Norm(weight, bias, eps, center, normed_dtype, product_dtype)
     return quantize_rows.launch(
-        x,
-        order,
-        Numbers(*numbers),
-        format=format,
-        norm=norm_arguments,
-        dtype=dtype,
+        x, order, numbers, format, norm=rounding, weight=weight, bias=bias, dtype=dtype
     )
+
+
+@plan
+def _rounding(
+    eps: float, center: bool, normed_dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> Norm:
+    product_dtype = torch.promote_types(normed_dtype, weight_dtype or normed_dtype)
+    return Norm(eps, center, normed_dtype, product_dtype)
 
 
 norm_quantize = define(

@@ -82,7 +82,7 @@ def fake(x: Tensor, *numbers: Any, format: str = "int") -> tuple[Tensor, Tensor]
 
 
 def launch(x: Tensor, *numbers: Any, format: str = "int") -> tuple[Tensor, Tensor]:
-    return quantize_rows.launch(x, None, Numbers(*numbers), format=format)
+    return quantize_rows.launch(x, None, numbers, format)
 
 
 def reorder_reference(
@@ -101,7 +101,7 @@ def reorder_fake(
 def reorder_launch(
     x: Tensor, order: Tensor | None, *numbers: Any, format: str = "int"
 ) -> tuple[Tensor, Tensor]:
-    return quantize_rows.launch(x, order, Numbers(*numbers), format=format)
+    return quantize_rows.launch(x, order, numbers, format)
 
 
 NUMBERS = (

@@ -11,7 +11,8 @@ packing.py).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .devices import multiprocessors
+from .launching import Buffer, Launch, as_rows, buffer, plan
 from .packing import LARGEST_E2M1, OUTLIER_BITS, TINY, GroupLayout
 from .rotate import outlier_block, rotated
 from .sizes import cdiv, next_power_of_2
@@ -27,8 +29,6 @@ from .sizes import cdiv, next_power_of_2
 class Norm(NamedTuple):
     """What `norm_quantize` adds: the dtypes are those that its steps round to."""
 
-    weight: Tensor | None
-    bias: Tensor | None
     eps: float
     center: bool
     normed_dtype: torch.dtype
@@ -364,37 +364,50 @@ _TRITON_DTYPES = {
 _MANY_ROWS = 1024
 
 
-def launch(
-    x: Tensor,
-    order: Tensor | None,
-    numbers: Numbers,
-    *,
-    up: Tensor | None = None,
-    activation: str = "none",
-    norm: Norm | None = None,
-    dtype: torch.dtype | None = None,
-    format: str = "int",
-) -> tuple[Tensor, Tensor]:
-    """x and `up` (*, K) -> codes (*, padded_width) int8, scale (num_scales, *) float32."""
-    _, group_size, outlier_channels, clip, int8_groups, rotation, per_token = numbers
-    layout = numbers.layout(x.shape[-1])
-    padded_width = layout.padded_width
-    codes = x.new_empty(*x.shape[:-1], padded_width, dtype=torch.int8)
-    scale = x.new_empty(layout.num_scales, *x.shape[:-1], dtype=torch.float32)
-    M = codes.numel() // padded_width
-    if M == 0:
-        return codes, scale
-    rows = _as_rows(x)
-    up_rows = rows if up is None else _as_rows(up)
+class Quantizing(NamedTuple):
+    """A launch whose last pointers are codes (*, padded_width) and scale (num_scales, *)."""
+
+    codes: Buffer
+    scale: Buffer
+    launch: Launch
+
+    @classmethod
+    def of(cls, layout: GroupLayout, tokens: tuple[int, ...], launch: Launch) -> Quantizing:
+        """For tokens (*)."""
+        codes = buffer(*tokens, layout.padded_width, dtype=torch.int8)
+        return cls(codes, buffer(layout.num_scales, *tokens, dtype=torch.float32), launch)
+
+
+@plan
+def plan_rows(
+    shape: torch.Size,
+    x_stride: int,
+    up_stride: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    has_up: bool,
+    has_weight: bool,
+    has_bias: bool,
+    has_order: bool,
+    activation: str,
+    norm: Norm | None,
+    numbers: tuple[Any, ...],
+    format: str,
+) -> Quantizing:
+    """For x of `shape` (*, K). dtype: of what is quantized."""
+    of_all = Numbers(*numbers)
+    _, group_size, outlier_channels, clip, int8_groups, rotation, per_token = of_all
+    layout = of_all.layout(shape[-1])
+    M = math.prod(shape[:-1])
     # gathered in memory, a few wide rows are cut as well
-    gathers = order is not None and (layout.width <= 8192 or M > 64)
+    gathers = has_order and (layout.width <= 8192 or M > 64)
     whole_row = norm is not None or per_token or gathers
     block = max(group_size, next_power_of_2(layout.width))
     if not whole_row:
         block = min(block, max(group_size, 2048))
-    largest, outlier_largest = numbers.largest(format), 2 ** (OUTLIER_BITS - 1) - 1
+    largest, outlier_largest = of_all.largest(format), 2 ** (OUTLIER_BITS - 1) - 1
     num_groups, outlier_rotation = layout.num_groups, outlier_block(outlier_channels, rotation)
-    ragged = padded_width != layout.width
+    ragged = layout.padded_width != layout.width
     if (
         not ragged
         and not per_token
@@ -402,28 +415,24 @@ def launch(
     ):
         # the outliers are one more INT8 group
         num_groups, int8_groups, outlier_channels = num_groups + 1, int8_groups + 1, 0
-    absent = rows  # a pointer that the kernel does not read
     # many rows: each program takes several, and reads the next one ahead
     num_warps = min(max(4, block // 512), 16)
     rows_at_once = M
     if norm is not None and M >= _MANY_ROWS:
         num_warps = min(max(4, block // 1024), 16)
-        rows_at_once = min(M, max(1, 16 // num_warps) * multiprocessors(x.device))
-    quantize_rows_kernel[(rows_at_once, cdiv(num_groups * group_size, block))](
-        rows,
-        up_rows,
-        absent if norm is None or norm.weight is None else norm.weight,
-        absent if norm is None or norm.bias is None else norm.bias,
-        absent if order is None else order,
-        codes,
-        scale,
-        M,
-        layout.width,
-        rows.stride(0),
-        up_rows.stride(0),
-        0.0 if norm is None else norm.eps,
-        clip / largest,
-        1.0 / outlier_largest,
+        rows_at_once = min(M, max(1, 16 // num_warps) * multiprocessors(device))
+    launch = Launch(
+        quantize_rows_kernel,
+        (rows_at_once, cdiv(num_groups * group_size, block)),
+        (
+            M,
+            layout.width,
+            x_stride,
+            up_stride,
+            0.0 if norm is None else norm.eps,
+            clip / largest,
+            1.0 / outlier_largest,
+        ),
         NUM_GROUPS=num_groups,
         GROUP_SIZE=group_size,
         INT8_GROUPS=int8_groups,
@@ -442,21 +451,44 @@ def launch(
         STAGES=3 if rows_at_once < M else 1,
         CENTER=norm is not None and norm.center,
         ACTIVATION=activation,
-        HAS_UP=up is not None,
-        HAS_ORDER=order is not None,
+        HAS_UP=has_up,
+        HAS_ORDER=has_order,
         HAS_NORM=norm is not None,
-        HAS_WEIGHT=norm is not None and norm.weight is not None,
-        HAS_BIAS=norm is not None and norm.bias is not None,
-        NORMED=_TRITON_DTYPES[norm.normed_dtype if norm else x.dtype],
-        PRODUCT=_TRITON_DTYPES[norm.product_dtype if norm else x.dtype],
-        RESULT=_TRITON_DTYPES[dtype or x.dtype],
+        HAS_WEIGHT=has_weight,
+        HAS_BIAS=has_bias,
+        NORMED=_TRITON_DTYPES[norm.normed_dtype if norm else dtype],
+        PRODUCT=_TRITON_DTYPES[norm.product_dtype if norm else dtype],
+        RESULT=_TRITON_DTYPES[dtype],
         num_warps=num_warps,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
     )
+    return Quantizing.of(layout, shape[:-1], launch)
+
+
+def launch(
+    x: Tensor,
+    order: Tensor | None,
+    numbers: tuple[Any, ...],
+    format: str,
+    *,
+    up: Tensor | None = None,
+    activation: str = "none",
+    norm: Norm | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x and `up` (*, K) -> codes (*, padded_width) int8, scale (num_scales, *) float32.
+
+    numbers: as Numbers; weight, bias: of the norm.
+    """
+    rows, x_stride = as_rows(x)
+    up_rows, up_stride = (None, 0) if up is None else as_rows(up)
+    planned = plan_rows(
+        x.shape, x_stride, up_stride, x.device, dtype or x.dtype, up is not None,
+        weight is not None, bias is not None, order is not None, activation, norm, numbers, format,
+    )  # fmt: skip
+    codes, scale = planned.codes.beside(x), planned.scale.beside(x)
+    if codes.numel():
+        planned.launch(rows, up_rows, weight, bias, order, codes, scale)
     return codes, scale
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """(*, K) -> (M, K) with unit stride along K: a view, if x is a slice of a merged linear."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -22,11 +22,14 @@ keys and values of a cache.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import Buffer, Launch, as_rows, buffer, plan
 from .library import define
 from .packing import GroupLayout
 from .sizes import cdiv, next_power_of_2
@@ -153,20 +156,26 @@ def rotate_kernel(
 def launch(
     x: Tensor, group_size: int, outlier_channels: int, block: int, inverse: bool = False
 ) -> Tensor:
-    layout = GroupLayout(x.shape[-1], group_size, outlier_channels)
-    out = x.new_empty(*x.shape[:-1], layout.padded_width, dtype=torch.float32)
-    M = out.numel() // layout.padded_width
-    if M == 0:
-        return out
-    rows = x.reshape(-1, layout.width)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    rows, stride = as_rows(x)
+    out, launch = _plan(x.shape, stride, group_size, outlier_channels, block, inverse)
+    turned = out.beside(x)
+    if turned.numel():
+        launch(rows, turned)
+    return turned
+
+
+@plan
+def _plan(
+    shape: torch.Size, stride: int, group_size: int, outlier_channels: int, block: int,
+    inverse: bool,
+) -> tuple[Buffer, Launch]:  # fmt: skip
+    """For x of `shape` (*, K), its rows `stride` apart."""
+    layout = GroupLayout(shape[-1], group_size, outlier_channels)
     tile = max(block, min(1024, next_power_of_2(layout.grouped_width)))
-    rotate_kernel[(M, cdiv(layout.grouped_width, tile))](
-        rows,
-        out,
-        layout.width,
-        rows.stride(0),
+    launch = Launch(
+        rotate_kernel,
+        (math.prod(shape[:-1]), cdiv(layout.grouped_width, tile)),
+        (layout.width, stride),
         GROUPED=layout.grouped_width,
         OUTLIERS=outlier_channels,
         ROWS=tile // block,
@@ -176,7 +185,7 @@ def launch(
         INVERSE=inverse,
         num_warps=4,
     )
-    return out
+    return buffer(*shape[:-1], layout.padded_width, dtype=torch.float32), launch
 
 
 rotate = define(

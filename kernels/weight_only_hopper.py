@@ -11,6 +11,8 @@ rounded to 16 bits, as dequantizing does, and all groups are added up by the ten
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -22,18 +24,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import constexpr_function
 
 from . import linear_hopper
+from .arrivals import Product
 from .formats import BLOCK_FORMATS
+from .launching import Blocks, Launch, buffer, plan
 from .linear_hopper import (
     ROLE_REGISTERS,
     HopperTiling,
+    blocks_of_rows,
     count_segments,
     gather_parts,
     per_tiling,
-    rows_descriptor,
     segment,
     share_out,
     store_rows,
@@ -442,56 +445,50 @@ def best_tiling(
     return linear_hopper.best_tiling(M, N, num_groups, step_us, multiprocessors)
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    zero_point: Tensor | None,
-    high_bits: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor,
-    tiling: HopperTiling,
+@plan
+def plan_product(
+    x_shape: torch.Size,
+    weight_shape: torch.Size,
+    rows_per_group: int,
+    high_bytes: int,
+    dtype: torch.dtype,
+    has_zero_point: bool,
+    has_bias: bool,
+    has_residual: bool,
     bits: tuple[int, int],
+    tiling: HopperTiling,
     multiprocessors: int,
-) -> None:
-    """Fills `out` (*, N) of x's dtype; the arguments of weight_only_linear.multiply_packed."""
-    num_groups, N, half_group = weight.shape
-    M = x.numel() // x.shape[-1]
+) -> Product:
+    """Its operands: x, in the output's dtype, weight and its high bits, or the weight again;
+    weight_scale, and zero_point. high_bytes: of a row of a group; bits: of exponent and mantissa.
+    """
+    num_groups, N, half_group = weight_shape
+    M, K = math.prod(x_shape[:-1]), x_shape[-1]
     block_m, blocks = tiling
     step_us = STEP_US["other" if bits[0] else "int"][tiling]
-    sharing = share_out(out, num_groups, tiling, step_us, multiprocessors)
-    weight_desc = rows_descriptor(weight, 128 * blocks)
-    high_bytes = 0 if high_bits is None else high_bits.shape[2]
+    programs, whole, sharing = share_out(M, N, num_groups, tiling, step_us, multiprocessors)
     stage_bytes = 4 * half_group * block_m + 128 * blocks * (half_group + high_bytes + 4)
-    weight_only_hopper_kernel[(sharing.programs,)](
-        TensorDescriptor.from_tensor(
-            x.view(M, x.shape[-1]), [block_m, 2 * half_group], gl.NVMMASharedLayout(128, 16, 2)
+    high_plane = num_groups, N, high_bytes or half_group
+    launch = Launch(
+        weight_only_hopper_kernel,
+        (programs,),
+        (M, N, rows_per_group, num_groups, whole),
+        (
+            Blocks((M, K), dtype, (block_m, 2 * half_group), gl.NVMMASharedLayout(128, 16, 2)),
+            blocks_of_rows(weight_shape, rows_per_group, 128 * blocks),
+            blocks_of_rows(high_plane, rows_per_group, 128 * blocks),
         ),
-        weight_desc,
-        weight_desc if high_bits is None else rows_descriptor(high_bits, 128 * blocks),
-        weight_scale,
-        weight_scale if zero_point is None else zero_point,
-        out if bias is None else bias,
-        out if residual is None else residual,
-        out,
-        sharing.partial,
-        sharing.arrivals,
-        M,
-        N,
-        rows_per_group(weight),
-        num_groups,
-        sharing.whole_tiles,
         GROUP=2 * half_group,
         HIGH_BYTES=high_bytes,
         EXPONENT_BITS=bits[0],
         MANTISSA_BITS=bits[1],
-        HAS_ZERO_POINT=zero_point is not None,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
+        HAS_ZERO_POINT=has_zero_point,
+        HAS_BIAS=has_bias,
+        HAS_RESIDUAL=has_residual,
         BLOCK_M=block_m,
         BLOCKS=blocks,
         STAGES=min(_RING_BYTES // stage_bytes, _MOST_STAGES),
         REGISTERS=ROLE_REGISTERS,
         num_warps=4,
     )
+    return Product(buffer(*x_shape[:-1], N, dtype=dtype), sharing, launch)

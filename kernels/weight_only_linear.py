@@ -35,6 +35,7 @@ of 397, 201 and 232.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +44,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import linear, weight_only_hopper
+from .arrivals import Product
 from .devices import is_hopper, multiprocessors
 from .formats import BLOCK_FORMATS, element_format
+from .launching import Buffer, Launch, buffer, plan
 from .library import define
-from .linear import Tiling, split_buffers, store_tile, tile_in_band
+from .linear import Tiling, split_tiles, store_tile, tile_in_band
 from .linear_hopper import HopperTiling
-from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight
+from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight, rows_per_group
 from .sizes import cdiv
 from .weight_values import num_parts, power_left, power_of_e4m3, read_scale, to_values
 
@@ -477,15 +480,15 @@ def multiply_on_hopper(
     format: str = "int",
 ) -> Tensor:
     """`launch` by Hopper's own kernel, in x's dtype, for sizes that it fits."""
-    out = x.new_empty(*x.shape[:-1], weight.shape[1])
-    if residual is not None:
-        residual = residual.expand(out.shape).contiguous()
-    planes = weight, weight_scale, zero_point, high_bits
-    processors = multiprocessors(x.device)
-    weight_only_hopper.launch(
-        x.contiguous(), *planes, bias, residual, out, tiling, _bits(format), processors
-    )
-    return out
+    x = x.contiguous()
+    product = weight_only_hopper.plan_product(
+        x.shape, weight.shape, rows_per_group(weight),
+        0 if high_bits is None else high_bits.shape[2], x.dtype, zero_point is not None,
+        bias is not None, residual is not None, _bits(format), tiling, multiprocessors(x.device),
+    )  # fmt: skip
+    high_rows = weight if high_bits is None else high_bits
+    operands = x, weight, high_rows, weight_scale, zero_point
+    return product.multiply(x, operands, bias, residual)
 
 
 def multiply_packed(
@@ -507,52 +510,59 @@ def multiply_packed(
 
     x_scale, dtype: of `float8_linear`, whose x is e4m3 or its bytes; weight_scale is not read then.
     """
-    num_groups, N, half_group = weight.shape
-    K = x.shape[-1]
     x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], N, dtype=dtype or x.dtype)
-    if residual is not None:
-        residual = residual.expand(out.shape).contiguous()
-    tiles, partial, arrivals = split_buffers(out, tiling)
+    product = _plan_product(
+        x.shape, weight.shape, rows_per_group(weight), dtype or x.dtype, zero_point is not None,
+        x_scale is not None, bias is not None, residual is not None, format, tiling,
+        x.device,
+    )  # fmt: skip
+    x_scale = None if x_scale is None else x_scale.contiguous()
+    operands = x, x_scale, weight, weight_scale, zero_point, high_bits, row_scale
+    return product.multiply(x, operands, bias, residual)
+
+
+@plan
+def _plan_product(
+    x_shape: torch.Size,
+    weight_shape: torch.Size,
+    rows_per_group: int,
+    dtype: torch.dtype,
+    has_zero_point: bool,
+    has_x_scale: bool,
+    has_bias: bool,
+    has_residual: bool,
+    format: str,
+    tiling: Tiling,
+    device: torch.device,
+) -> Product:
+    """dtype: of the output."""
+    num_groups, N, half_group = weight_shape
+    M, K = math.prod(x_shape[:-1]), x_shape[-1]
+    tiles, sharing = split_tiles(M, N, tiling)
     exponent_bits, mantissa_bits = _bits(format)
-    parts = _num_parts(format)
-    weight_only_kernel[(tiles, tiling.split_k)](
-        x,
-        out if x_scale is None else x_scale.contiguous(),
-        weight,
-        weight_scale,
-        out if zero_point is None else zero_point,
-        out if high_bits is None else high_bits,
-        out if row_scale is None else row_scale,
-        out if bias is None else bias,
-        out if residual is None else residual,
-        out,
-        partial,
-        arrivals,
-        x.numel() // K,
-        N,
-        K,
-        weight.stride(0) // half_group,
-        num_groups,
+    launch = Launch(
+        weight_only_kernel,
+        (tiles, tiling.split_k),
+        (M, N, K, rows_per_group, num_groups),
         HALF_GROUP=half_group,
-        PART_STEP=min(half_group, _MOST_CHANNELS // 2) // parts,
+        PART_STEP=min(half_group, _MOST_CHANNELS // 2) // _num_parts(format),
         RAGGED=K % (2 * half_group) != 0,
         EXPONENT_BITS=exponent_bits,
         MANTISSA_BITS=mantissa_bits,
-        SCALE=_scale_of(format) if x_scale is None else "row",
-        HAS_ZERO_POINT=zero_point is not None,
-        HAS_X_SCALE=x_scale is not None,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
+        SCALE="row" if has_x_scale else _scale_of(format),
+        HAS_ZERO_POINT=has_zero_point,
+        HAS_X_SCALE=has_x_scale,
+        HAS_BIAS=has_bias,
+        HAS_RESIDUAL=has_residual,
         BLOCK_M=tiling.block_m,
         BLOCK_N=tiling.block_n,
         IS_SPLIT=tiling.split_k > 1,
         TILES_PER_BAND=8,
-        PACK=_pack(x.device, tiling),
+        PACK=_pack(device, tiling),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
     )
-    return out
+    return Product(buffer(*x_shape[:-1], N, dtype=dtype), sharing, launch)
 
 
 def multiply_dense(
@@ -579,34 +589,48 @@ def dequantize(
 ) -> Tensor:
     """The weight (N, K) in `dtype`, on a GPU; in e4m3 its codes as they are placed, not scaled:
     2^-gap of their values."""
-    in_rows = isinstance(packed, RowWeight)
-    if isinstance(packed, RowWeight):  # has no scales of groups, and none are read
-        unread = packed.weight
-        packed = GroupedWeight(packed.weight, unread, None, packed.high_bits, packed.row_scale)
-    weight, weight_scale, zero_point, high_bits, row_scale = packed
-    num_groups, N, half_group = weight.shape
-    dense = weight.new_empty(N, K, dtype=dtype)
+    weight, high_bits, row_scale = packed.weight, packed.high_bits, packed.row_scale
+    weight_scale, zero_point, scale = None, None, "row"
+    if isinstance(packed, GroupedWeight):
+        weight_scale, zero_point = packed.weight_scale, packed.zero_point
+        scale = _scale_of(format)
+    planned, launch = _plan_dequantize(
+        weight.shape, rows_per_group(weight), K, dtype, scale, zero_point is not None, format,
+        weight.is_cuda,
+    )  # fmt: skip
+    dense = planned.beside(weight)
+    launch(weight, weight_scale, zero_point, high_bits, row_scale, dense)
+    return dense
+
+
+@plan
+def _plan_dequantize(
+    weight_shape: torch.Size,
+    rows_per_group: int,
+    K: int,
+    dtype: torch.dtype,
+    scale: str,
+    has_zero_point: bool,
+    format: str,
+    on_gpu: bool,
+) -> tuple[Buffer, Launch]:
+    """dtype: of the dense weight; scale: as `read_scale` takes it."""
+    num_groups, N, half_group = weight_shape
     exponent_bits, mantissa_bits = _bits(format)
     block_n = max(1, 4096 // half_group)
-    dequantize_kernel[(cdiv(N, block_n), num_groups)](
-        weight,
-        weight_scale,
-        weight if zero_point is None else zero_point,
-        weight if high_bits is None else high_bits,
-        weight if row_scale is None else row_scale,
-        dense,
-        N,
-        K,
-        weight.stride(0) // half_group,
+    launch = Launch(
+        dequantize_kernel,
+        (cdiv(N, block_n), num_groups),
+        (N, K, rows_per_group),
         HALF_GROUP=half_group,
         EXPONENT_BITS=exponent_bits,
         MANTISSA_BITS=mantissa_bits,
-        SCALE="row" if in_rows else _scale_of(format),
-        HAS_ZERO_POINT=zero_point is not None,
+        SCALE=scale,
+        HAS_ZERO_POINT=has_zero_point,
         BLOCK_N=block_n,
-        PACK=4 if weight.is_cuda else 0,
+        PACK=4 if on_gpu else 0,
     )
-    return dense
+    return buffer(N, K, dtype=dtype), launch
 
 
 weight_only_linear = define(

@@ -25,12 +25,14 @@ from rich.progress import Progress
 from torch.nn import functional as F
 
 from ..kernels import (
+    attention_quantize,
     float8_linear,
     gated_quantize,
     linear,
     norm_quantize,
     quantize,
     quantize_e4m3,
+    rope_append,
     weight_only_linear,
 )
 from ..kernels.packing import pack_grouped, pack_rows, pack_weight
@@ -44,6 +46,7 @@ from .tables import make_table, number
 TARGET_US = 10.0
 # the device must be done with a call before the host is with the next
 _SHAPE = Shape(name="small", hidden=1024, intermediate=1024, heads=8, kv_heads=8, head_dim=128)
+_SLOTS = 1024  # of a KV cache
 _CALLS, _SAMPLES = 200, 30  # a device's queue holds about a thousand launches
 
 
@@ -146,7 +149,7 @@ class _Call(NamedTuple):
 
 
 def _calls(setting: Setting) -> list[_Call]:
-    """Ours, and two of PyTorch's own to compare with."""
+    """Ours, and some of PyTorch's own to compare with."""
     scheme, K = setting.scheme, setting.shape.hidden
     layout, draw, dtype = scheme.layout(K), setting.draw(0), setting.dtype
     bits, clip = scheme.activation_bits, scheme.activation_clip
@@ -155,6 +158,7 @@ def _calls(setting: Setting) -> list[_Call]:
     others = [
         _Call("F.linear", F.linear, None, (x, weight)),
         _Call("torch.add", torch.add, None, (x, up)),
+        _Call("torch.empty_like", torch.empty_like, None, (x,)),  # all memory begins as that
     ]
     if bits == 16:
         format = scheme.weight_format
@@ -184,7 +188,27 @@ def _calls(setting: Setting) -> list[_Call]:
         _Call("norm_quantize", *normed, (x, *norm, *numbers), format),
         _Call("gated_quantize", *gated, (x, up, None, "silu", *numbers), format),
         _Call("quantize", quantize.quantize, quantize.launch, (x, *numbers), format),
+        *_attention_calls(setting, numbers, format),
         *others,
+    ]
+
+
+def _attention_calls(setting: Setting, numbers: tuple[Any, ...], format: str) -> list[_Call]:
+    """With a KV cache of INT4 that holds one token."""
+    shape, draw, device = setting.shape, setting.draw(1), setting.device
+    query, key, value, cos, sin = (draw.normal(1, shape.heads, 1, shape.head_dim) for _ in range(5))
+    planes = 1, shape.kv_heads, _SLOTS
+    codes = torch.zeros(*planes, shape.head_dim // 2, dtype=torch.uint8, device=device)
+    scale = torch.ones(*planes, 1, 2, dtype=torch.float16, device=device)
+    length = torch.ones(1, dtype=torch.int64, device=device)
+    cache = codes, scale, codes, scale, None, None, None, length
+    appended = query, key, value, cos[:, 0], sin[:, 0], *cache, 4
+    attended = query, *cache, None, None, 4, 0, shape.head_dim**-0.5, 0.0
+    append = rope_append.rope_append, rope_append.launch
+    attend = attention_quantize.attention_quantize, attention_quantize.launch
+    return [
+        _Call("rope_append", *append, appended),
+        _Call("attention_quantize", *attend, (*attended, None, *numbers), format),
     ]
 
 

@@ -130,6 +130,7 @@ def main(capability: int) -> None:
         norm = weight, None, order, 1e-6, False, True, x.dtype
         norm_quantize.launch(x, *norm, *numbers, format="e2m1")
         patch.setattr(rows, "_MANY_ROWS", 1)
+        rows.plan_rows.cache_clear()
         for one in (numbers, ragged, per_token):
             norm_quantize.launch(x, weight, None, order, 1e-6, False, True, x.dtype, *one)
         layout = packing.GroupLayout(K, 128, 128)
@@ -216,7 +217,7 @@ def main(capability: int) -> None:
         patch.setattr(attention_quantize, "combine_quantize_kernel", fused)
         device = Device(132, overlaps=capability >= 90)
         for reader in (attention_decode, attention_quantize):
-            patch.setattr(reader, "device_of", lambda tensor: device)
+            patch.setattr(reader, "properties_of", lambda _: device)
         compile_attention(D=128, bits=4, groups=1, tokens=1, plain=True)
         compile_attention(D=80, bits=8, groups=1, tokens=4, plain=True)
         compile_attention(D=80, bits=4, groups=5, tokens=1, plain=False)

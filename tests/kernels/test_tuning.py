@@ -28,14 +28,9 @@ def device_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     monkeypatch.setattr(tuning, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(tuning.path_for, "__defaults__", (tmp_path,))
     monkeypatch.setattr(linear, "multiprocessors", lambda _: 132)
-    _forget()
+    linear.forget_tilings()
     yield tuning.path_for(GPU)
-    _forget()
-
-
-def _forget() -> None:
-    tuning.forget()
-    linear.choose_tiling.cache_clear()
+    linear.forget_tilings()
 
 
 def _write(path: Path, *rows: dict[str, Any]) -> None:
