@@ -85,7 +85,7 @@ HOPPER = float8_hopper.PATH
 IN_16_BITS = weight_only_linear.PATH
 SCALED = "e4m3 weight, cuBLAS"
 DEQUANTIZE = weight_only_linear.DEQUANTIZE
-_FEW_TOKENS = 64  # for more there is Hopper's own kernel
+_FEW_TOKENS = 32  # for more there is Hopper's own kernel
 _MOST_TOKENS = 256  # for more the weight is unpacked first, where there is none: an estimate
 _MANY_TOKENS = 2048  # so many that unpacking first, at cuBLAS's rate, is faster than any other way
 
