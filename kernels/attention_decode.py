@@ -12,20 +12,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention_tiles import (
     Arguments,
     cap_scores,
     dot,
     hide,
-    properties_of,
     read_keys,
     read_values,
     softmax_step,
     split_pair,
 )
+from .devices import multiprocessors
 from .launching import Buffer, Launch, buffer, plan
+from .overlap import begin, overlap
 from .sizes import cdiv, next_power_of_2
 
 
@@ -159,6 +159,8 @@ def decode_kernel(
     CODE_DTYPE: tl.constexpr = DTYPE if DTYPE.is_fp32() else tl.float16
     KEY_WIDTH: tl.constexpr = HEAD_DIM // KEY_PARTS
     VALUE_WIDTH: tl.constexpr = HEAD_DIM // VALUE_PARTS
+    if OVERLAP:
+        begin()
     b = tl.program_id(2).to(tl.int64)
     row_tiles = tl.cdiv(Q * HEADS, ROWS)
     kv_head = tl.program_id(1) // row_tiles
@@ -180,8 +182,6 @@ def decode_kernel(
     if KEY_PARTS == 4:
         query_2 = _load_query(query_row, key_column, live_row, 2, KEY_PARTS, HEAD_DIM)
         query_3 = _load_query(query_row, key_column, live_row, 3, KEY_PARTS, HEAD_DIM)
-    if OVERLAP:
-        gdc_launch_dependents()
     # asked for before anything waits
     length = tl.load(length_ptr + b * length_stride).to(tl.int32)
     last = tl.zeros((ROWS,), tl.int32) + length - 1
@@ -462,8 +462,8 @@ def combine_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row of `combine_rows`, to the bit, in numbers and vectors: those need no exchange."""
-    if OVERLAP:  # launched before `decode_kernel` has ended
-        gdc_wait()
+    if OVERLAP:
+        begin()
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, HEAD_BLOCK)
     live_channel = channel < HEAD_DIM
@@ -556,8 +556,8 @@ def plan_decode(a: Arguments, tiling: DecodeTiling | None, device: torch.device)
     rows = min(max(8, next_power_of_2(Q * a.heads)), MOST_ROWS)
     planes = B * num_kv_heads * cdiv(Q * a.heads, rows)
     plain = min(key_parts, value_parts) > 1
-    multiprocessors, overlaps = properties_of(device)
-    tiling = tiling or default_decode_tiling(planes, slots, rows, a.bits, plain, multiprocessors)
+    processors = multiprocessors(device)
+    tiling = tiling or default_decode_tiling(planes, slots, rows, a.bits, plain, processors)
     is_split = tiling.splits > 1
     launch = Launch(
         decode_kernel,
@@ -572,10 +572,10 @@ def plan_decode(a: Arguments, tiling: DecodeTiling | None, device: torch.device)
         ROWS=rows,
         BLOCK=tiling.block,
         IS_SPLIT=is_split,
-        OVERLAP=is_split and overlaps,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         **a.constants(device.type == "cuda"),
+        **overlap(device),
     )
     if not is_split:
         return DecodePlan(launch, None, None)
@@ -592,7 +592,6 @@ def launch_combine(partial: Partial, out: Tensor) -> None:
 @plan
 def _plan_combine(shape: torch.Size, splits: int, device: torch.device) -> Launch:
     rows, D = math.prod(shape[:-1]), shape[-1]
-    overlaps = properties_of(device).overlaps
     return Launch(
         combine_kernel,
         (rows,),
@@ -601,8 +600,7 @@ def _plan_combine(shape: torch.Size, splits: int, device: torch.device) -> Launc
         HEAD_BLOCK=next_power_of_2(D),
         SPLITS=next_power_of_2(splits),
         AHEAD=min(next_power_of_2(splits), 32),
-        OVERLAP=overlaps,
-        launch_pdl=overlaps,
         num_warps=1,
         enable_fp_fusion=False,  # the same sums, to the bit, as in attention_quantize.py
+        **overlap(device),
     )

@@ -15,15 +15,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from . import attention, quantize, quantize_rows
 from .attention_decode import DecodeTiling, combine_rows, launch_combine
 from .attention_prefill import PrefillTiling
-from .attention_tiles import Arguments, properties_of
+from .attention_tiles import Arguments
 from .kv_cache import CACHE
 from .launching import Launch, plan
 from .library import define
+from .overlap import begin, overlap
 from .packing import OUTLIER_BITS
 from .quantize import NUMBERS
 from .quantize_rows import Numbers, Quantizing, _quantize, _store_groups
@@ -106,7 +106,7 @@ def combine_quantize_kernel(
 ):
     """One token: the sums of all its heads, then what `quantize_rows_kernel` does with a row."""
     if OVERLAP:
-        gdc_wait()
+        begin()
     K: tl.constexpr = NUM_HEADS * HEAD_DIM
     m = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS_BLOCK)
@@ -217,7 +217,6 @@ def _plan(
     layout = of_all.layout(num_heads * D)
     heads_block, head_block = (next_power_of_2(size) for size in (num_heads, D))
     largest, outlier_largest = of_all.largest(format), 2 ** (OUTLIER_BITS - 1) - 1
-    overlaps = properties_of(device).overlaps
     launch = Launch(
         combine_quantize_kernel,
         (B * Q,),
@@ -242,10 +241,9 @@ def _plan(
         OUTLIER_ROTATION=outlier_block(outlier_channels, rotation),
         HAS_ORDER=has_order,
         RESULT=quantize_rows._TRITON_DTYPES[dtype],
-        OVERLAP=overlaps,
-        launch_pdl=overlaps,
         num_warps=min(max(4, heads_block * head_block // 512), 16),
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
+        **overlap(device),
     )
     return Quantizing.of(layout, (B, Q), launch)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -109,19 +108,6 @@ def softmax_step(scores, factor, highest, total, AXIS: tl.constexpr):
     weights = tl.exp2(scores * factor - tl.expand_dims(shift, AXIS))
     decay = tl.exp2(highest - shift)
     return weights, decay, new_highest, total * decay + tl.sum(weights, axis=AXIS)
-
-
-class Device(NamedTuple):
-    multiprocessors: int
-    overlaps: bool  # a kernel can be launched before the one that it waits for has ended
-
-
-@functools.cache
-def properties_of(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return Device(1, False)
-    properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.major >= 9)
 
 
 _TENSORS = 11  # of the arguments, which come first

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from .launching import Buffer, Launch, buffer, plan
 from .library import define
+from .overlap import begin, overlap
 from .sizes import cdiv, next_power_of_2
 
 _LEAST_SCALE = 2.0**-24  # float16's smallest
@@ -333,6 +334,7 @@ def append_kernel(
     TABLE: tl.constexpr,
     ROWS: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` tokens of one head of one sequence: a query head's, a key head's or a value head's.
 
@@ -340,6 +342,8 @@ def append_kernel(
     GROUPS and RESIDUAL: 0 where there is no scale and no `recent`.
     """
     HALF: tl.constexpr = HEAD_DIM - HEAD_DIM // 2
+    if OVERLAP:
+        begin()
     b = tl.program_id(1).to(tl.int64)
     heads = num_heads + 2 * num_kv_heads
     head = tl.program_id(0) % heads
@@ -446,7 +450,7 @@ def launch_append(
     launch, rotated = _plan_append(
         _layout(query), _layout(key), _layout(value), _layout(cos), key_codes.shape,
         _shape(key_scale), _shape(value_scale), _shape(key_recent), _shape(value_recent),
-        _shape(rope), _stride(length), bits, (key if query is None else query).dtype,
+        _shape(rope), _stride(length), bits, (key if query is None else query).dtype, key.device,
     )  # fmt: skip
     out = None if rotated is None else rotated.beside(key)
     if key.numel():
@@ -483,6 +487,7 @@ def _plan_append(
     length_stride: int,
     bits: int,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Launch, Buffer | None]:
     """And the rotated query, of `dtype`, if there is one. codes: as many of keys as of values."""
     (batch, num_kv_heads, tokens, head_dim), _ = key
@@ -521,6 +526,7 @@ def _plan_append(
         HALF_BLOCK=half_block,
         num_warps=min(max(1, rows * half_block // 256), 8),
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
+        **overlap(device),
     )
     if query is None:
         return launch, None

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import e2m1, linear_hopper, tuning
 from .arrivals import ALONE, Product, Sharing
@@ -28,6 +29,7 @@ from .formats import E2M1
 from .launching import Launch, buffer, plan
 from .library import define
 from .linear_hopper import HopperTiling
+from .overlap import overlap
 from .packing import GroupLayout, rows_per_group, unpack_e2m1, unpack_int4
 from .sizes import cdiv, next_power_of_2
 
@@ -211,6 +213,7 @@ def linear_kernel(
     IS_E2M1: tl.constexpr,
     TILES_PER_BAND: tl.constexpr,
     PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of out^T = weight codes^T: a weight on the left stays in registers, unpacked.
 
@@ -220,6 +223,8 @@ def linear_kernel(
     row's scale, and a token has one scale (two_level_linear.py).
     """
     GROUP: tl.constexpr = 2 * HALF_GROUP
+    if OVERLAP:
+        gdc_wait()
     TIMES: tl.constexpr = 2.0 if IS_E2M1 else 16.0  # what `_unpack` multiplies by
     OUTLIERS_FIRST: tl.constexpr = BLOCK_M >= 64 and not TWO_LEVEL
     tile = tl.program_id(0)
@@ -294,6 +299,8 @@ def linear_kernel(
             acc += sums.to(tl.float32) * (group_scale.to(tl.float32)[:, None] * scale[None, :])
             scale = next_scale
         group_scale = next_group_scale
+    if OVERLAP:
+        gdc_launch_dependents()
     if TWO_LEVEL:
         row_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
         acc = acc.to(tl.float32) * (row_scale[:, None] * scale[None, :])
@@ -495,6 +502,7 @@ def plan_product(
         PTX=device.type == "cuda",
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        **overlap(device),
     )
     return Product(out, sharing, launch), tiling
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .devices import multiprocessors
 from .launching import Buffer, Launch, as_rows, buffer, plan
+from .overlap import begin, overlap
 from .packing import LARGEST_E2M1, OUTLIER_BITS, TINY, GroupLayout
 from .rotate import outlier_block, rotated
 from .sizes import cdiv, next_power_of_2
@@ -263,7 +264,10 @@ def quantize_rows_kernel(
     NORMED: tl.constexpr,
     PRODUCT: tl.constexpr,
     RESULT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        begin()
     piece = tl.program_id(1)
     position = piece * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, OUTLIER_BLOCK)
@@ -461,6 +465,7 @@ def plan_rows(
         RESULT=_TRITON_DTYPES[dtype],
         num_warps=num_warps,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where the reference rounds twice
+        **overlap(device),
     )
     return Quantizing.of(layout, shape[:-1], launch)
 

@@ -42,6 +42,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import linear, weight_only_hopper
 from .arrivals import Product
@@ -51,6 +52,7 @@ from .launching import Buffer, Launch, buffer, plan
 from .library import define
 from .linear import Tiling, split_tiles, store_tile, tile_in_band
 from .linear_hopper import HopperTiling
+from .overlap import overlap
 from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight, rows_per_group
 from .sizes import cdiv
 from .weight_values import num_parts, power_left, power_of_e4m3, read_scale, to_values
@@ -156,6 +158,7 @@ def weight_only_kernel(
     IS_SPLIT: tl.constexpr,
     TILES_PER_BAND: tl.constexpr,
     PACK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of out^T = weight x^T: a weight on the left stays in registers, unpacked.
 
@@ -174,6 +177,8 @@ def weight_only_kernel(
     DTYPE: tl.constexpr = tl.float16 if OF_BYTES else x_ptr.dtype.element_ty
     UNPLACED: tl.constexpr = power_left(EXPONENT_BITS, DTYPE) * (256.0 if OF_BYTES else 1.0)
     IS_SCALED: tl.constexpr = SCALE == "e4m3"
+    if OVERLAP:
+        gdc_wait()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1) if IS_SPLIT else 1
@@ -243,6 +248,8 @@ def weight_only_kernel(
         low_scale, high_scale = next_low_scale, next_high_scale
         if HAS_ZERO_POINT:
             zero_point = next_zero_point
+    if OVERLAP:
+        gdc_launch_dependents()
     acc *= UNPLACED
     if IS_SCALED or SCALE == "row":
         row_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
@@ -561,6 +568,7 @@ def _plan_product(
         PACK=_pack(device, tiling),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        **overlap(device),
     )
     return Product(buffer(*x_shape[:-1], N, dtype=dtype), sharing, launch)
 

@@ -30,6 +30,7 @@ from atom_compile.kernels import (
     linear,
     linear_hopper,
     norm_quantize,
+    overlap,
     packing,
     quantize,
     quantize_e4m3,
@@ -39,7 +40,6 @@ from atom_compile.kernels import (
     weight_only_linear,
 )
 from atom_compile.kernels import quantize_rows as rows
-from atom_compile.kernels.attention_tiles import Device
 
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "launch_pdl"}
 TYPES = {
@@ -103,6 +103,7 @@ class Compiled:
 
 def main(capability: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlap, "overlaps", lambda device: capability >= 90)
         patch.setattr(linear, "linear_kernel", Compiled(linear.linear_kernel, capability))
         patch.setattr(linear, "multiprocessors", lambda device: 132)
         patch.setattr(rows, "quantize_rows_kernel", Compiled(rows.quantize_rows_kernel, capability))
@@ -215,9 +216,6 @@ def main(capability: int) -> None:
             patch.setattr(module, name, Compiled(getattr(module, name), capability))
         fused = Compiled(attention_quantize.combine_quantize_kernel, capability)
         patch.setattr(attention_quantize, "combine_quantize_kernel", fused)
-        device = Device(132, overlaps=capability >= 90)
-        for reader in (attention_decode, attention_quantize):
-            patch.setattr(reader, "properties_of", lambda _: device)
         compile_attention(D=128, bits=4, groups=1, tokens=1, plain=True)
         compile_attention(D=80, bits=8, groups=1, tokens=4, plain=True)
         compile_attention(D=80, bits=4, groups=5, tokens=1, plain=False)
