@@ -17,7 +17,7 @@ from atom_compile.options import Options
 from atom_compile.passes.pipeline import Rewrite
 from atom_compile.store import Dispatcher
 
-from .models import tiny_llama
+from .models import HandWritten, tiny_llama
 
 
 def rewrites(model: Callable[..., Any], *inputs: Any, **options: Any) -> list[Rewrite]:
@@ -55,12 +55,34 @@ def reference_output(model: Callable[..., Any], ids: torch.Tensor, **options: An
     return results[-1]  # type: ignore[no-any-return]
 
 
+def error_of_fused(scheme: Scheme, bias: bool = True) -> float:
+    """Of a hand-written model's output, after a check that fusing passes change nothing in it."""
+    model, ids = HandWritten(bias=bias).eval(), token_batch()
+    plain = reference_output(model, ids, scheme=scheme, fuse=False)
+    fused = reference_output(model, ids, scheme=scheme)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+    return relative_error(fused, model(ids))
+
+
 def atom_operators(model: Callable[..., Any], *inputs: Any, **options: Any) -> dict[str, int]:
     """How often each of our operators is in the rewritten graph, and how many linears were left."""
     total: Counter[str] = Counter()
     for run in rewrites(model, *inputs, **options):
         total += run.record.stages[-1].operators
     return {name: count for name, count in total.items() if "atom." in name or name == "linear"}
+
+
+SCHEMES_OF_EVERY_KIND = (
+    "w4a4",
+    "w4a4-fp4",
+    "w4a4-rotated",
+    "w4a8-two-level",
+    "w4a16",
+    "w6a16",
+    "w6a8",
+    "mxfp4",
+    "nvfp4",
+)
 
 
 def token_batch(batch: int = 2, length: int = 12, vocabulary: int = 96) -> torch.Tensor:

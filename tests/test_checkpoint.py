@@ -32,7 +32,7 @@ from atom_compile.packer import pack_group
 from atom_compile.quantized_linear import QuantizedLinear
 from atom_compile.scheme import Scheme
 
-from .capturing import token_batch
+from .capturing import SCHEMES_OF_EVERY_KIND, token_batch
 from .models import tiny_llama
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -155,20 +155,7 @@ def test_files_of_the_first_format_load(
     assert torch.equal(logits(load(tmp_path / "second"), token_batch()), want)
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        "w4a4",
-        "w4a4-fp4",
-        "w4a4-rotated",
-        "w4a8-two-level",
-        "w4a16",
-        "w6a16",
-        "w6a8",
-        "mxfp4",
-        "nvfp4",
-    ],
-)
+@pytest.mark.parametrize("scheme", SCHEMES_OF_EVERY_KIND)
 def test_it_packs_while_it_loads(
     scheme: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from atom_compile.passes.derived import PackedLinear
 
 from ..capturing import (
     atom_operators,
+    error_of_fused,
     errors_of_rounding,
     reference_output,
     relative_error,
@@ -64,11 +65,7 @@ def test_operators_say_which_format(scheme: Scheme, fuse: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", VARIANTS)
 def test_fusing_changes_nothing(scheme: Scheme) -> None:
-    model, ids = HandWritten(bias=True).eval(), token_batch()
-    plain = reference_output(model, ids, scheme=scheme, fuse=False)
-    fused = reference_output(model, ids, scheme=scheme)
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
-    assert 1e-3 < relative_error(fused, model(ids)) < 0.5
+    assert 1e-3 < error_of_fused(scheme) < 0.5
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from atom_compile.signal_noise import measure_layers
 
 from ..capturing import (
     atom_operators,
+    error_of_fused,
     errors_of_rounding,
     reference_output,
     relative_error,
@@ -70,11 +71,7 @@ def test_before_and_after(scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_fusing_changes_nothing(scheme: Scheme, bias: bool) -> None:
-    model, ids = HandWritten(bias=bias).eval(), token_batch()
-    plain = reference_output(model, ids, scheme=scheme, fuse=False)
-    fused = reference_output(model, ids, scheme=scheme)
-    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
-    assert 1e-3 < relative_error(fused, model(ids)) < 0.2
+    assert 1e-3 < error_of_fused(scheme, bias) < 0.2
 
 
 @torch.no_grad()

@@ -12,7 +12,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from atom_compile import explain, quantize
 from atom_compile.passes.packed import HeldLinear
 
-from ..capturing import atom_operators, reference_output, relative_error, rewrites, token_batch
+from ..capturing import (
+    SCHEMES_OF_EVERY_KIND,
+    atom_operators,
+    reference_output,
+    relative_error,
+    rewrites,
+    token_batch,
+)
 from ..models import HandWritten, Standardize, tiny_llama
 
 
@@ -39,20 +46,7 @@ def hand_written() -> Any:
     return HandWritten(norm=Standardize, bias=True).eval()
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        "w4a4",
-        "w4a4-fp4",
-        "w4a4-rotated",
-        "w4a8-two-level",
-        "w4a16",
-        "w6a16",
-        "w6a8",
-        "mxfp4",
-        "nvfp4",
-    ],
-)
+@pytest.mark.parametrize("scheme", SCHEMES_OF_EVERY_KIND)
 @pytest.mark.parametrize("make", [tiny_llama, qwen, hand_written])
 def test_the_same_operators_and_results(make: Any, scheme: str) -> None:
     model, ids = make(), token_batch()
