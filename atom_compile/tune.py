@@ -32,7 +32,7 @@ from .scheme import Scheme
 
 DEFAULT_MODELS = ("llama3-8b", "llama3-70b")
 DEFAULT_TOKENS = tuple(1 << power for power in range(14))
-_QUICK_CANDIDATES = 12
+_QUICK_CANDIDATES = 24
 _FINALISTS = 4  # measured again, for longer
 _SECONDS, _FINAL_SECONDS = 0.005, 0.05
 _WORTH_IT = 0.98  # of the default's time: less gain than this is noise
@@ -101,7 +101,7 @@ def tune(
     weights = [size for shape in shapes for size in shape.linears.values()]
     path = tuning.path_for(place, folder)
     rows = {_key(row): row for row in tuning.read_rows(path)}
-    sizes = [Size(M, N, K) for N, K in weights for M in setting.tokens]
+    sizes = [Size(M, N, K) for M in setting.tokens for N, K in weights]
     wanted = {_key_of(setting, size): size for size in sizes}
     due = [size for key, size in wanted.items() if again or key not in rows]
     with torch.no_grad(), Progress(console=console, disable=console is None) as progress:

@@ -186,8 +186,11 @@ def weight_only_kernel(
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    live_m = (m < M)[None, :]
     live_n = n < N
-    # tokens past the end: as in linear_kernel
+    # tokens past the end: as in linear_kernel. One token, read 8 times over, took 37 us on an H200
+    # where four, read twice, took 23 (INT4, 28672 x 4096)
+    FEW: tl.constexpr = BLOCK_M <= 16
     m_row = tl.where(m < M, m, tl.minimum(m - M, M - 1)).to(tl.int64)
     n_row = tl.where(live_n, n, 0).to(tl.int64)
     lane = tl.arange(0, PART_STEP)
@@ -224,10 +227,13 @@ def weight_only_kernel(
             packed = tl.load(weight_tile + first_row * HALF_GROUP + at)
             channel = group * 2 * HALF_GROUP + at
             if RAGGED:
-                low_live = channel + lane[:, None] < K
-                high_live = channel + HALF_GROUP + lane[:, None] < K
+                low_live = (channel + lane[:, None] < K) & live_m
+                high_live = (channel + HALF_GROUP + lane[:, None] < K) & live_m
                 x_low = tl.load(x_tile + channel, mask=low_live, other=0.0)
                 x_high = tl.load(x_tile + channel + HALF_GROUP, mask=high_live, other=0.0)
+            elif FEW:
+                x_low = tl.load(x_tile + channel, mask=live_m, other=0.0)
+                x_high = tl.load(x_tile + channel + HALF_GROUP, mask=live_m, other=0.0)
             else:
                 x_low = tl.load(x_tile + channel)
                 x_high = tl.load(x_tile + channel + HALF_GROUP)
