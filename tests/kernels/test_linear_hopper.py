@@ -89,8 +89,7 @@ def test_one_token_and_no_outliers() -> None:
 def test_shared_tiles_give_the_same_bits_every_time(block_m: int) -> None:
     layout, tiling = GroupLayout(28672, 128, 128), HopperTiling(block_m, 1)
     for M, N in [(block_m, 4096), (2 * block_m, 9008)]:  # less than a round of tiles, and more
-        tiles = -(-M // block_m) * -(-N // 128)
-        assert whole_tiles(tiles, layout.num_groups, tiling, STEP_US[False][tiling], 132) == 0
+        assert whole_tiles(M, N, layout.num_groups, tiling, STEP_US[False][tiling], 132) == 0
         codes, scale = quantize.reference(torch.randn(M, 28672).cuda(), 4, 128, 128, 0.9)
         packed = pack_weight(torch.randn(N, 28672).cuda(), layout, 4, 0.85)
         arguments: list[Any] = [codes, scale, *packed, None, None, torch.float32]
@@ -103,9 +102,15 @@ def test_shared_tiles_give_the_same_bits_every_time(block_m: int) -> None:
 
 @pytest.mark.parametrize("tiles", [1, 131, 132, 133, 200, 263, 264, 265, 1000])
 def test_what_is_shared_is_no_more_than_two_rounds(tiles: int) -> None:
-    whole = whole_tiles(tiles, 223, HopperTiling(64, 1), 0.41, 132)
+    whole = whole_tiles(64, 128 * tiles, 223, HopperTiling(64, 1), 0.41, 132)
     assert whole == tiles or (whole % 132 == 0 and 0 < tiles - whole < 264)
-    assert whole_tiles(tiles, 223, HopperTiling(64, 2), 0.57, 132) == tiles
+    assert whole_tiles(64, 256 * tiles, 223, HopperTiling(64, 2), 0.57, 132) == tiles
+
+
+def test_what_exceeds_the_l2_is_not_shared() -> None:
+    tiling, tiles = HopperTiling(128, 1), 8 * 64
+    assert whole_tiles(1024, 8192, 64, tiling, 2.0, 132) < tiles
+    assert whole_tiles(1024, 8192, 224, tiling, 2.0, 132) == tiles
 
 
 @pytest.mark.gpu
