@@ -368,15 +368,15 @@ def hopper() -> torch.device:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", operator.WEIGHT_FORMATS)
-@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+@pytest.mark.parametrize("tiling", list(float8_hopper.STEP_US))
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 64, 128), (70, 528, 2832), (300, 4096, 4096)])
 def test_hoppers_own_kernel(
-    M: int, N: int, K: int, block_m: int, format: str, hopper: torch.device
+    M: int, N: int, K: int, tiling: HopperTiling, format: str, hopper: torch.device
 ) -> None:
     named: dict[str, Any] = {"format": format, "extras": True, "device": hopper}
     args = arguments((M,), N, K, torch.bfloat16, **named)
     with poisoned_memory():
-        got = operator.multiply_on_hopper(*args, HopperTiling(block_m, 1), format=format)
+        got = operator.multiply_on_hopper(*args, tiling, format=format)
     assert_alike(got, reference(args, format).cpu())
 
 
