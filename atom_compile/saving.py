@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .device_loading import find_device, load_onto
 from .errors import CheckpointError, OptionError
 from .files import write_folder
 from .int4_checkpoints import METHODS
@@ -48,6 +49,10 @@ def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
         raise CheckpointError(f"{path} is a {config.architectures}, which transformers lacks")
     if method in METHODS:
         return load_int4(architecture, config, Path(path), dequantize=dequantize, **kwargs)
+    if Path(path).is_dir() and (device := find_device(kwargs)) is not None:
+        model = load_onto(device, architecture, config, Path(path), **kwargs)
+        if model is not None:
+            return model
     return architecture.from_pretrained(path, **kwargs)
 
 

@@ -6,6 +6,7 @@ Importing this module registers the method `atom_compile` with transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: AtomConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._contents: Contents | None = None
-        self._files: Sequence[str] = ()
+        self._files: Sequence[str | Path] = ()
         self._packer: _Packer | None = None
+        self._awaited: _Awaited | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises OptionError for a model that would be offloaded while it is packed.
@@ -68,13 +70,15 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                     "changed, or not written to its end"
                 )
             _hold_packed(model, config)
-            self._files = checkpoint_files or ()
+            self._files = config.reading.files if config.reading else checkpoint_files or ()
             if config.contents is not None:
                 self._contents = config.contents
             else:
                 self._contents = self._read_contents(model)
             self._contents.check_layout(untied(model, model.state_dict()))
             _hold_dtypes(model, self._contents)
+            if config.reading is not None:
+                self._awaited = _Awaited(model, config.linears)
 
     def _read_contents(self, model: Any) -> Contents:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -92,7 +96,9 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
         return _Pack(self._packer)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Where the memory is planned before it is packed, it counts as packed."""
+        """Where the memory is planned, what is packed later counts as packed, what is there not."""
+        if self.quantization_config.reading is not None:
+            return 0.0
         if self._packer is not None and param_name in self._packer.weights:
             return self._packer.bytes_per_weight
         size: float = super().param_element_size(model, param_name, param)
@@ -105,10 +111,16 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
             config.describe(model, self._packer.groups)
             self._packer = None
         elif self._contents is not None:
-            _check_loaded(model, self._contents, self._files)
+            if config.reading is not None and self._awaited is not None:
+                read = config.reading.wait()
+                self._contents.check_tensors(read)
+                self._awaited.put(model, read)
+            else:
+                _check_loaded(model, self._contents, self._files)
             for group in config.linears or []:
-                _join_loaded([model.get_submodule(name) for name in group])
-            self._contents = config.contents = None
+                _join_loaded(group, [model.get_submodule(name) for name in group], self._contents)
+            self._contents = config.contents = config.reading = None
+            self._awaited = None
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -237,6 +249,31 @@ def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
         places.replace(linear, packed)
 
 
+class _Awaited:
+    """Packed linears that transformers does not see while it loads the others, but for a bias."""
+
+    def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+        places = Places(model)
+        self._linears: dict[str, tuple[QuantizedLinear, nn.Module]] = {}
+        for name in (name for group in groups for name in group):
+            linear, seen = model.get_submodule(name), nn.Module()
+            assert isinstance(linear, QuantizedLinear)
+            seen.register_parameter("bias", linear.bias)
+            places.replace(linear, seen)
+            self._linears[name] = linear, seen
+
+    def put(self, model: nn.Module, read: dict[str, Tensor]) -> None:
+        """Where they belong, each with its tensors, which leave `read`."""
+        places = Places(model)
+        for name, (linear, seen) in self._linears.items():
+            for field, held in linear._parameters.items():
+                if held is not None and field != "bias":
+                    tensor = read.pop(f"{name}.{field}").to(held.dtype)
+                    linear._parameters[field] = nn.Parameter(tensor, requires_grad=False)
+            linear._parameters["bias"] = seen._parameters["bias"]
+            places.replace(seen, linear)
+
+
 def _hold_dtypes(model: nn.Module, contents: Contents) -> None:
     """Scales come in more than one 16-bit format, and transformers loads what the model expects."""
     for name, linear in model.named_modules():
@@ -274,21 +311,23 @@ def _separate(model: nn.Module) -> dict[str, Tensor]:
     return state_dict
 
 
-def _check_loaded(model: Any, contents: Contents, files: Sequence[str]) -> None:
+def _check_loaded(model: Any, contents: Contents, files: Sequence[str | Path]) -> None:
     """Raises CheckpointError unless every tensor is what was saved.
 
     Those loaded in another precision, or to disk, are read from the files once more.
     """
     loaded = model.state_dict()
+    as_saved = {}
     for name in contents.tensors:
         tensor = loaded[name]
-        if tensor.is_meta or str(tensor.dtype) != f"torch.{contents.dtype(name)}":
-            tensor = _read(name, files)
-        if tensor is not None:
-            contents.check_content(name, tensor)
+        if not tensor.is_meta and str(tensor.dtype) == f"torch.{contents.dtype(name)}":
+            as_saved[name] = tensor
+        elif (tensor := _read(name, files)) is not None:
+            contents.check_tensors({name: tensor})
+    contents.check_tensors(as_saved)
 
 
-def _read(name: str, files: Sequence[str]) -> Tensor | None:
+def _read(name: str, files: Sequence[str | Path]) -> Tensor | None:
     for file in files:
         with safe_open(file, framework="pt") as opened:
             if name in opened.keys():  # noqa: SIM118
@@ -297,7 +336,9 @@ def _read(name: str, files: Sequence[str]) -> Tensor | None:
     return None  # transformers saved it under another name
 
 
-def _join_loaded(linears: Sequence[QuantizedLinear]) -> None:
+def _join_loaded(
+    names: Sequence[str], linears: Sequence[QuantizedLinear], contents: Contents
+) -> None:
     for linear in linears:
         linear.requires_grad_(False)  # transformers loads what is floating-point as trainable
         if not linear.weight.is_meta:  # offloaded: it is restored whenever it is read
@@ -305,9 +346,8 @@ def _join_loaded(linears: Sequence[QuantizedLinear]) -> None:
     places = {(one.weight.device, one.order is None or one.order.device) for one in linears}
     if len(linears) < 2 or len(places) > 1 or linears[0].weight.is_meta:
         return  # over several devices, or offloaded: held one by one
-    orders = [one.order for one in linears if one.order is not None]
-    alike = all(torch.equal(order, orders[0]) for order in orders)
-    if not alike or len(orders) not in (0, len(linears)):
+    # told by their hashes: to compare tensors a GPU would be waited for
+    if len({contents.tensors.get(f"{name}.order") for name in names}) > 1:
         raise CheckpointError(
             f"config.json groups {len(linears)} linears that do not have one order of channels"
         )
