@@ -47,16 +47,14 @@ def load_onto(
     device: of the whole model. architecture, config: the class of transformers, and what
     config.json says. Raises CheckpointError, see docs/loading-errors.md.
     """
+    from transformers import GenerationConfig
+
     files = _find_files(path, config)
     if not files:
         return None
     reading = DeviceFiles(files, device)
     if reading.names != recorded_names(files[0]):
         return None  # from_pretrained knows other names of tensors, and says what is missing
-    if (path / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        kwargs = {"generation_config": GenerationConfig.from_pretrained(path)} | kwargs
     packed = {name for group in config.quantization_config.get("linears") or [] for name in group}
     plain = [name for name in reading.names if not _is_packed(name, packed)]
     config.quantization_config = config.quantization_config | {"reading": reading}
@@ -64,6 +62,8 @@ def load_onto(
         model = architecture.from_pretrained(
             None, config=config, state_dict=_Arriving(reading, plain), **kwargs
         )
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
     model.name_or_path = model.config.name_or_path = str(path)
     return model
 

@@ -271,7 +271,7 @@ class _Awaited:
                     tensor = read.pop(f"{name}.{field}").to(held.dtype)
                     linear._parameters[field] = nn.Parameter(tensor, requires_grad=False)
             linear._parameters["bias"] = seen._parameters["bias"]
-            places.replace(seen, linear)
+            places.replace(seen, linear.train(seen.training))
 
 
 def _hold_dtypes(model: nn.Module, contents: Contents) -> None:
