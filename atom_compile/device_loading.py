@@ -50,7 +50,8 @@ def load_onto(
     from transformers import GenerationConfig
 
     files = _find_files(path, config)
-    if not files:
+    generation = path / "generation_config.json"
+    if not files or (architecture.can_generate() and not generation.is_file()):
         return None
     reading = DeviceFiles(files, device)
     if reading.names != recorded_names(files[0]):
@@ -62,7 +63,7 @@ def load_onto(
         model = architecture.from_pretrained(
             None, config=config, state_dict=_Arriving(reading, plain), **kwargs
         )
-    if (path / "generation_config.json").is_file():
+    if model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.name_or_path = model.config.name_or_path = str(path)
     return model

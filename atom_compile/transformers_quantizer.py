@@ -254,10 +254,13 @@ class _Awaited:
 
     def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
         places = Places(model)
+        weight: Any = torch.empty(0)  # of a linear some models ask for it, to fill it
+        weight._is_hf_initialized = True
         self._linears: dict[str, tuple[QuantizedLinear, nn.Module]] = {}
         for name in (name for group in groups for name in group):
             linear, seen = model.get_submodule(name), nn.Module()
             assert isinstance(linear, QuantizedLinear)
+            seen.weight = weight
             seen.register_parameter("bias", linear.bias)
             places.replace(linear, seen)
             self._linears[name] = linear, seen
