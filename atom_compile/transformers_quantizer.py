@@ -5,9 +5,9 @@ Importing this module registers the method `atom_compile` with transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -18,10 +18,19 @@ from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint import Contents, read_contents
 from .errors import CheckpointError, OptionError
-from .kernels.packing import GroupedWeight
+from .kernels.packing import AnyWeight, GroupedWeight
+from .kernels.storing import restore
 from .options import Options
-from .packer import Places, input_format, is_linear, make_plan, pack_group, packed_on_meta
-from .quantized_linear import QuantizedLinear, join_rows
+from .packer import (
+    Places,
+    input_format,
+    is_linear,
+    make_plan,
+    pack_group,
+    packed_on_meta,
+    shape_of,
+)
+from .quantized_linear import InputFormat, QuantizedLinear, join_rows
 from .transformers_config import METHOD, AtomConfig
 
 
@@ -69,16 +78,19 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                     "config.json says that the model is packed, but not which linears: it was "
                     "changed, or not written to its end"
                 )
-            _hold_packed(model, config)
-            self._files = config.reading.files if config.reading else checkpoint_files or ()
+            if config.reading is not None:
+                self._files = config.reading.files
+                self._awaited = _Awaited(model, config)
+            else:
+                self._files = checkpoint_files or ()
+                _hold_packed(model, config)
             if config.contents is not None:
                 self._contents = config.contents
             else:
                 self._contents = self._read_contents(model)
-            self._contents.check_layout(untied(model, model.state_dict()))
+            awaited = self._awaited.tensors if self._awaited else {}
+            self._contents.check_layout(untied(model, model.state_dict()) | awaited)
             _hold_dtypes(model, self._contents)
-            if config.reading is not None:
-                self._awaited = _Awaited(model, config.linears)
 
     def _read_contents(self, model: Any) -> Contents:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -117,6 +129,7 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._awaited.put(model, read)
             else:
                 _check_loaded(model, self._contents, self._files)
+                _restore(model, config)
             for group in config.linears or []:
                 _join_loaded(group, [model.get_submodule(name) for name in group], self._contents)
             self._contents = config.contents = config.reading = None
@@ -195,7 +208,7 @@ class _Packer:
         self._arrived: set[str] = set()
         before = after = 0
         for linear in self._linears.values():
-            packed = packed_on_meta(linear, options.scheme)
+            packed = packed_on_meta(shape_of(linear), options.scheme)
             before += packed.in_features * packed.out_features
             after += sum(one.nbytes for one in packed.packed if one is not None)
         self.bytes_per_weight = after / max(before, 1)
@@ -226,9 +239,22 @@ def _mark_initialized(module: nn.Module) -> None:
         marked._is_hf_initialized = True
 
 
-def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
-    """Puts packed linears without data where config.json says that they are."""
-    places = Places(model)
+class _Packed(NamedTuple):
+    """A linear that config.json says is packed, and what it becomes, without values."""
+
+    name: str
+    linear: nn.Module
+    like: QuantizedLinear
+    input_format: InputFormat
+
+    def made_of(self, packed: AnyWeight, order: Tensor | None, like: Any) -> QuantizedLinear:
+        """With the bias and the mode of the module `like`."""
+        made = QuantizedLinear(packed, order, like.bias, self.input_format, self.like.named)
+        return made.train(like.training)
+
+
+def _find_packed(model: nn.Module, config: AtomConfig) -> Iterator[_Packed]:
+    scheme = config.options.scheme
     for name in (name for group in config.linears or [] for name in group):
         try:
             linear = model.get_submodule(name)
@@ -239,42 +265,62 @@ def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
                 f"config.json says that {name} is packed, and the model has no such linear: it is "
                 "of another model"
             )
-        packed = packed_on_meta(linear, config.options.scheme)
+        like = packed_on_meta(shape_of(linear), scheme)
+        form = like.input_format
         if name in config.choices:
             choice = config.choices[name]
             numbers = choice["activation_clip"], choice["int8_groups"]
-            packed.input_format = input_format(config.options.scheme, packed.in_features, *numbers)
+            form = input_format(scheme, like.in_features, *numbers)
+        yield _Packed(name, linear, like, form)
+
+
+def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
+    """Puts packed linears without data where config.json says that they are."""
+    places = Places(model)
+    for one in _find_packed(model, config):
+        packed = one.made_of(one.like.packed, one.like.order, one.linear)
         if config.format_version > 1:
             packed.hold_stored()
-        places.replace(linear, packed)
+        places.replace(one.linear, packed)
 
 
 class _Awaited:
-    """Packed linears that transformers does not see while it loads the others, but for a bias."""
+    """Packed linears whose tensors transformers does not load, and does not see, biases aside."""
 
-    def __init__(self, model: nn.Module, groups: Sequence[Sequence[str]]) -> None:
+    def __init__(self, model: nn.Module, config: AtomConfig) -> None:
+        self.tensors: dict[str, Tensor] = {}  # as files should have them, on meta
+        self._waiting: list[tuple[_Packed, nn.Module]] = []
         places = Places(model)
-        weight: Any = torch.empty(0)  # of a linear some models ask for it, to fill it
-        weight._is_hf_initialized = True
-        self._linears: dict[str, tuple[QuantizedLinear, nn.Module]] = {}
-        for name in (name for group in groups for name in group):
-            linear, seen = model.get_submodule(name), nn.Module()
-            assert isinstance(linear, QuantizedLinear)
-            seen.weight = weight
-            seen.register_parameter("bias", linear.bias)
-            places.replace(linear, seen)
-            self._linears[name] = linear, seen
+        filled: Any = torch.empty(0)  # some models fill the weights of linears that they know
+        filled._is_hf_initialized = True
+        layouts: dict[QuantizedLinear, dict[str, Tensor]] = {}
+        for one in _find_packed(model, config):
+            place = nn.Module()
+            place.weight = filled
+            place.register_parameter("bias", one.linear.bias)  # type: ignore[arg-type]
+            places.replace(one.linear, place)
+            self._waiting.append((one, place))
+            if one.like not in layouts:
+                layouts[one.like] = _layout(one.like, stored=config.format_version > 1)
+            self.tensors |= {f"{one.name}.{field}": t for field, t in layouts[one.like].items()}
 
     def put(self, model: nn.Module, read: dict[str, Tensor]) -> None:
         """Where they belong, each with its tensors, which leave `read`."""
         places = Places(model)
-        for name, (linear, seen) in self._linears.items():
-            for field, held in linear._parameters.items():
-                if held is not None and field != "bias":
-                    tensor = read.pop(f"{name}.{field}").to(held.dtype)
-                    linear._parameters[field] = nn.Parameter(tensor, requires_grad=False)
-            linear._parameters["bias"] = seen._parameters["bias"]
-            places.replace(seen, linear.train(seen.training))
+        for one, place in self._waiting:
+            kind = one.like.kind
+            own = {name: read.pop(f"{one.name}.{name}", None) for name in (*kind._fields, "order")}
+            order = own.pop("order")
+            packed = restore(kind(**own), one.input_format.layout, one.like.format)
+            order = None if order is None else order.to(torch.int32)
+            places.replace(place, one.made_of(packed, order, place))
+
+
+def _layout(linear: QuantizedLinear, *, stored: bool) -> dict[str, Tensor]:
+    tensors = {**linear.packed._asdict(), "order": linear.order}
+    if stored:
+        return linear.stored(tensors)
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _hold_dtypes(model: nn.Module, contents: Contents) -> None:
@@ -339,13 +385,17 @@ def _read(name: str, files: Sequence[str | Path]) -> Tensor | None:
     return None  # transformers saved it under another name
 
 
-def _join_loaded(
-    names: Sequence[str], linears: Sequence[QuantizedLinear], contents: Contents
-) -> None:
-    for linear in linears:
+def _restore(model: nn.Module, config: AtomConfig) -> None:
+    for linear in (model.get_submodule(name) for group in config.linears or [] for name in group):
+        assert isinstance(linear, QuantizedLinear)
         linear.requires_grad_(False)  # transformers loads what is floating-point as trainable
         if not linear.weight.is_meta:  # offloaded: it is restored whenever it is read
             linear.restore()
+
+
+def _join_loaded(
+    names: Sequence[str], linears: Sequence[QuantizedLinear], contents: Contents
+) -> None:
     places = {(one.weight.device, one.order is None or one.order.device) for one in linears}
     if len(linears) < 2 or len(places) > 1 or linears[0].weight.is_meta:
         return  # over several devices, or offloaded: held one by one
