@@ -83,7 +83,8 @@ class DeviceFiles:
         self._pieces = [one for file in files for one in _cut(file, stored[file], piece_bytes)]
         self._stored = {one.name: one for some in stored.values() for one in some}
         self._device = device
-        self._lane = _Lane(device, piece_bytes)
+        self._piece_bytes = piece_bytes
+        self._threads = threading.local()
         self._memory: dict[str, Tensor] = {}
         self._tensors: dict[str, Tensor] | None = None
 
@@ -127,6 +128,12 @@ class DeviceFiles:
         """There is one: transformers copies the configurations that it is handed over in."""
         return self
 
+    def _lane(self) -> _Lane:
+        if not hasattr(self._threads, "lane"):
+            self._threads.lane = _Lane(self._device, self._piece_bytes)
+        lane: _Lane = self._threads.lane
+        return lane
+
     def _allocate(self, stream: torch.cuda.Stream | None) -> None:
         """Memory for each tensor. stream: the loading thread's, if it has used CUDA yet."""
         sizes = {name: one.stop - one.start for name, one in self._stored.items()}
@@ -143,8 +150,8 @@ class DeviceFiles:
         return torch.empty(count, dtype=torch.uint8, device=self._device)
 
     def _read_piece(self, piece: _Piece) -> None:
+        lane, opened = self._lane(), self._opened[piece.file]
         self._allocated.result()
-        lane, opened = self._lane, self._opened[piece.file]
         size = piece.stop - piece.start
         filled = 0
         while filled < size:
@@ -164,17 +171,17 @@ class DeviceFiles:
             lane.stream.synchronize()
 
 
-class _Lane(threading.local):
-    """What a thread has of its own: made when it first asks. The threads are those of one pool."""
+class _Lane:
+    """What a thread of the pool has of its own; on a GPU its copies are in a stream of their own."""
 
     def __init__(self, device: torch.device, piece_bytes: int) -> None:
-        pinned = device.type == "cuda"
+        on_gpu = device.type == "cuda"
         self.stream: torch.cuda.Stream | None = None
-        if pinned:
+        if on_gpu:
             torch.cuda.set_device(device)
             self.stream = torch.cuda.Stream(device)
             torch.cuda.set_stream(self.stream)
-        self.buffer = torch.empty(piece_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self.buffer = torch.empty(piece_bytes, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
         self.bytes: Any = self.buffer.numpy()  # shares its memory, and can be read into
 
 

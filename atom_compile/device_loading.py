@@ -27,7 +27,7 @@ def find_device(kwargs: Mapping[str, Any]) -> torch.device | None:
     """
     from transformers.integrations.accelerate import check_and_set_device_map
 
-    if kwargs.keys() - {"device_map", "dtype", "torch_dtype", "local_files_only"}:
+    if kwargs.keys() - {"device_map", "dtype", "torch_dtype"}:
         return None
     places = check_and_set_device_map(kwargs.get("device_map"))
     if not isinstance(places, dict) or places.keys() != {""}:
