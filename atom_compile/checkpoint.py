@@ -155,9 +155,11 @@ def open_file(file: str | Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing: the checkpoint is incomplete") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{name} is damaged or cut short ({error}): copy or save it again"
-        ) from error
+        raise damaged_file(name, str(error)) from error
+
+
+def damaged_file(file: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"{file} is damaged or cut short ({reason}): copy or save it again")
 
 
 def _read_record(name: str, written: str, settings: Mapping[str, Any]) -> Contents:

@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, as_completed, wait
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import open_file
+from .checkpoint import damaged_file, open_file
 from .errors import CheckpointError
 from .progress import track
 
@@ -71,8 +71,9 @@ class DeviceFiles:
     """All tensors of safetensors files, read onto a device in the background.
 
     Reading begins where the context is entered; when it is left the threads have ended, whether or
-    not all was read. Raises CheckpointError for a file that is missing, damaged or cut short, by
-    its name.
+    not all was read. No two files may have a tensor of one name: `names` has those of all.
+
+    Raises CheckpointError for a file that is missing, damaged or cut short, by its name.
     """
 
     def __init__(
@@ -81,16 +82,13 @@ class DeviceFiles:
         stored = {file: _read_header(file) for file in files}
         self.files = list(files)
         self._pieces = [one for file in files for one in _cut(file, stored[file], piece_bytes)]
+        self.names = [one.name for some in stored.values() for one in some]
         self._stored = {one.name: one for some in stored.values() for one in some}
         self._device = device
         self._piece_bytes = piece_bytes
         self._threads = threading.local()
         self._memory: dict[str, Tensor] = {}
         self._tensors: dict[str, Tensor] | None = None
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._stored)
 
     def wait(self) -> dict[str, Tensor]:
         """All tensors by name, each in memory of its own, once they are there.
@@ -100,9 +98,9 @@ class DeviceFiles:
         """
         if self._tensors is None:
             self._allocated.result()
-            slow = bool(wait(self._read, _PATIENCE, FIRST_EXCEPTION).not_done)
-            read = track(as_completed(self._read), "reading", shown=slow, total=len(self._read))
-            for piece in read:
+            soon = futures.wait(self._read, _PATIENCE, futures.FIRST_EXCEPTION)
+            read, count = futures.as_completed(self._read), len(self._read)
+            for piece in track(read, "reading", shown=bool(soon.not_done), total=count):
                 piece.result()
             self._tensors = {
                 name: self._memory.pop(name).view(one.dtype).view(one.shape)
@@ -114,7 +112,7 @@ class DeviceFiles:
         self._opened = {file: file.open("rb", buffering=0) for file in self.files}
         in_use = self._device.type == "cuda" and torch.cuda.is_initialized()
         stream = torch.cuda.current_stream(self._device) if in_use else None
-        self._pool = ThreadPoolExecutor(_THREADS, "atom-read")
+        self._pool = futures.ThreadPoolExecutor(_THREADS, "atom-read")
         self._allocated = self._pool.submit(self._allocate, stream)
         self._read = [self._pool.submit(self._read_piece, piece) for piece in self._pieces]
         return self
@@ -152,15 +150,14 @@ class DeviceFiles:
     def _read_piece(self, piece: _Piece) -> None:
         lane, opened = self._lane(), self._opened[piece.file]
         self._allocated.result()
-        size = piece.stop - piece.start
-        filled = 0
+        size, filled = piece.stop - piece.start, 0
         while filled < size:
-            count = os.preadv(opened.fileno(), [lane.bytes[filled:size]], piece.start + filled)
+            try:
+                count = os.preadv(opened.fileno(), [lane.bytes[filled:size]], piece.start + filled)
+            except OSError as error:
+                raise damaged_file(piece.file.name, str(error)) from error
             if not count:
-                raise CheckpointError(
-                    f"{piece.file.name} is damaged or cut short (it ended while it was read): copy "
-                    "or save it again"
-                )
+                raise damaged_file(piece.file.name, "it ended while it was read")
             filled += count
         for one in piece.tensors:
             start, stop = max(one.start, piece.start), min(one.stop, piece.stop)
@@ -172,7 +169,7 @@ class DeviceFiles:
 
 
 class _Lane:
-    """What a thread of the pool has of its own; on a GPU its copies are in a stream of their own."""
+    """What a thread of the pool has of its own: on a GPU pinned memory, and a stream to copy in."""
 
     def __init__(self, device: torch.device, piece_bytes: int) -> None:
         on_gpu = device.type == "cuda"

@@ -32,9 +32,11 @@ def find_device(kwargs: Mapping[str, Any]) -> torch.device | None:
     places = check_and_set_device_map(kwargs.get("device_map"))
     if not isinstance(places, dict) or places.keys() != {""}:
         return None
-    device = torch.device(places[""])
-    if device.type != "cuda":
+    place = places[""]
+    place = f"cuda:{place}" if isinstance(place, int) else str(place)
+    if not place.startswith("cuda") or not torch.cuda.is_available():
         return None
+    device = torch.device(place)
     if device.index is None:
         current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
         device = torch.device("cuda", current)
@@ -56,7 +58,7 @@ def load_onto(
     if not files or (architecture.can_generate() and not generation.is_file()):
         return None
     reading = DeviceFiles(files, device)
-    if reading.names != recorded_names(files[0]):
+    if sorted(reading.names) != sorted(recorded_names(files[0])):
         return None  # from_pretrained knows other names of tensors, and says what is missing
     packed = {name for group in config.quantization_config.get("linears") or [] for name in group}
     plain = [name for name in reading.names if not _is_packed(name, packed)]
