@@ -21,6 +21,8 @@ def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
     Or one that GPTQ, AWQ or compressed-tensors quantized, by groups of 32 to 1024 channels to 4
     bits: it becomes a packed model in W4A16 with the very codes, scales and zero points.
 
+    Our own go onto one GPU by device_loading.py, which does not wait for transformers' reading.
+
     path: a directory, or, of our own models, a repository's name. dequantize: load another's model
     in 16 bits instead, to calibrate it and quantize it anew. kwargs: `from_pretrained`'s own, such
     as device_map.
