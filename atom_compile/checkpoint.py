@@ -25,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .content import content_hash
+from .content import content_hashes
 from .errors import CheckpointError
 from .scheme import Scheme
 
@@ -44,10 +44,12 @@ class Contents:
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Tensor]) -> Contents:
+        layout = cls.without_hashes(dict(sorted(state_dict.items()))).tensors
+        hashes = content_hashes([state_dict[name] for name in layout])
         return cls(
             {
-                name: (_dtype(one), tuple(one.shape), content_hash(one))
-                for name, one in sorted(state_dict.items())
+                name: (*one[:2], hashed)
+                for (name, one), hashed in zip(layout.items(), hashes, strict=True)
             }
         )
 
@@ -92,12 +94,14 @@ class Contents:
             if not one.is_floating_point() and dtype != _dtype(one):
                 raise CheckpointError(f"{name} is {dtype} in the checkpoint, not {_dtype(one)}")
 
-    def check_content(self, name: str, tensor: Tensor) -> None:
-        """Raises CheckpointError unless `tensor` is what was saved under `name`."""
-        if content_hash(tensor) != self.tensors[name][2]:
-            raise CheckpointError(
-                f"{name} is not what was saved: the checkpoint is damaged. Copy or save it again."
-            )
+    def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError unless each tensor is what was saved under its name."""
+        for name, loaded in Contents.of(tensors).tensors.items():
+            if loaded != self.tensors[name]:
+                raise CheckpointError(
+                    f"{name} is not what was saved: the checkpoint is damaged. Copy or save it "
+                    "again."
+                )
 
     def dtype(self, name: str) -> str:
         return self.tensors[name][0]
@@ -113,28 +117,49 @@ def read_contents(
     or of another checkpoint.
     """
     contents: Contents | None = None
+    read: str | None = None
     held: set[str] = set()
     for file in files:
         name = Path(file).name
-        try:
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                held |= set(opened.keys())
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{name} is missing: the checkpoint is incomplete") from error
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{name} is damaged or cut short ({error}): copy or save it again"
-            ) from error
+        with open_file(file) as opened:
+            metadata = opened.metadata() or {}
+            held |= set(opened.keys())
         if METADATA_KEY not in metadata:
             raise CheckpointError(f"{name} was not saved by atom_compile: it has no {METADATA_KEY}")
-        contents = _read_record(name, metadata[METADATA_KEY], settings)
+        if metadata[METADATA_KEY] != read:  # as a rule each file says the same
+            read = metadata[METADATA_KEY]
+            contents = _read_record(name, read, settings)
     if contents is None:
         raise CheckpointError("the checkpoint has no files")
     if names:
         _refuse_missing("the files lack", contents.tensors.keys() - held)
         _refuse_missing("the files hold, beside what was saved,", held - contents.tensors.keys())
     return contents
+
+
+def recorded_names(file: str | Path) -> set[str]:
+    """The tensors of the whole checkpoint, as the model names them; none if no record is sound."""
+    with open_file(file) as opened:
+        metadata = opened.metadata() or {}
+    try:
+        return set(json.loads(metadata[METADATA_KEY])["tensors"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return set()
+
+
+def open_file(file: str | Path) -> Any:
+    """`safe_open`, which checks that the header covers the file; CheckpointError by its name."""
+    name = Path(file).name
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{name} is missing: the checkpoint is incomplete") from error
+    except (SafetensorError, OSError) as error:
+        raise damaged_file(name, str(error)) from error
+
+
+def damaged_file(file: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"{file} is damaged or cut short ({reason}): copy or save it again")
 
 
 def _read_record(name: str, written: str, settings: Mapping[str, Any]) -> Contents:

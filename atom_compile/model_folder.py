@@ -14,6 +14,7 @@ from .errors import AtomError
 from .evaluate import text_windows
 from .int4_checkpoints import METHODS
 from .saving import load
+from .transformers_config import METHOD
 
 
 def load_model(folder: Path, *, dequantize: bool = False, **options: Any) -> Any:
@@ -31,10 +32,12 @@ def load_model(folder: Path, *, dequantize: bool = False, **options: Any) -> Any
     options = {"dtype": "auto" if on_gpu else torch.float32} | options
     if on_gpu and importlib.util.find_spec("accelerate"):
         options = {"device_map": {"": "cuda"}} | options  # no copy on the CPU
+    method = quant_method(folder)
     try:
-        if quant_method(folder) in METHODS:
-            return load(folder, dequantize=dequantize, **options).to("cuda" if on_gpu else "cpu")
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+        if method in (METHOD, *METHODS):
+            model = load(folder, dequantize=dequantize and method in METHODS, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     except AtomError:
         raise
     except (OSError, ValueError) as error:

@@ -106,24 +106,16 @@ def pack_group(linears: Linears, options: Options) -> dict[str, QuantizedLinear]
     return packed
 
 
-def packed_on_meta(linear: nn.Module, scheme: Scheme) -> QuantizedLinear:
-    """What `linear` becomes, without values."""
-    out_features, in_features = shape_of(linear)
-    row = _row_on_meta(in_features, scheme)
-    return QuantizedLinear(
-        empty_rows(row.packed, out_features),
-        None if row.order is None else torch.empty_like(row.order),
-        linear.bias,  # type: ignore[arg-type]
-        row.input_format,
-        row.named,
-    ).train(linear.training)
-
-
 @functools.lru_cache(maxsize=64)
-def _row_on_meta(in_features: int, scheme: Scheme) -> QuantizedLinear:
-    """A model has few widths, and packing takes milliseconds even without values."""
-    linear = nn.Linear(in_features, 1, bias=False, device="meta")
-    return pack_group({"linear": linear}, Options(scheme=scheme))["linear"]
+def packed_on_meta(shape: tuple[int, int], scheme: Scheme) -> QuantizedLinear:
+    """What a linear of that shape (N, K) becomes, without values and without its bias.
+
+    A model has few shapes, and packing takes milliseconds even without values.
+    """
+    linear = nn.Linear(shape[1], 1, bias=False, device="meta")
+    row = pack_group({"linear": linear}, Options(scheme=scheme))["linear"]
+    rows = empty_rows(row.packed, shape[0])
+    return QuantizedLinear(rows, row.order, None, row.input_format, row.named)
 
 
 def input_format(scheme: Scheme, width: int, clip: float, int8_groups: int) -> InputFormat:
@@ -207,10 +199,10 @@ def _heads(model: nn.Module) -> tuple[nn.Module, ...]:
     return (*of_tables, *last, *([] if head is None else [head]))
 
 
-def shape_of(linear: nn.Module) -> tuple[int, ...]:
+def shape_of(linear: nn.Module) -> tuple[int, int]:
     """(N, K)."""
-    shape = tuple(weight_of(linear).shape)
-    return shape[::-1] if is_conv1d(linear) else shape
+    rows, columns = weight_of(linear).shape
+    return (columns, rows) if is_conv1d(linear) else (rows, columns)
 
 
 def find_readers(

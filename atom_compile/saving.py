@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .device_loading import find_device, load_onto
 from .errors import CheckpointError, OptionError
 from .files import write_folder
 from .int4_checkpoints import METHODS
@@ -19,6 +20,8 @@ def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
 
     Or one that GPTQ, AWQ or compressed-tensors quantized, by groups of 32 to 1024 channels to 4
     bits: it becomes a packed model in W4A16 with the very codes, scales and zero points.
+
+    Our own go onto one GPU by device_loading.py, which does not wait for transformers' reading.
 
     path: a directory, or, of our own models, a repository's name. dequantize: load another's model
     in 16 bits instead, to calibrate it and quantize it anew. kwargs: `from_pretrained`'s own, such
@@ -48,6 +51,10 @@ def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
         raise CheckpointError(f"{path} is a {config.architectures}, which transformers lacks")
     if method in METHODS:
         return load_int4(architecture, config, Path(path), dequantize=dequantize, **kwargs)
+    if Path(path).is_dir() and (device := find_device(kwargs)) is not None:
+        model = load_onto(device, architecture, config, Path(path), **kwargs)
+        if model is not None:
+            return model
     return architecture.from_pretrained(path, **kwargs)
 
 

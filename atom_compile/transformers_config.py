@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .checkpoint import FORMAT_VERSION, Contents, check_version
+from .device_files import DeviceFiles
 from .errors import CheckpointError
 from .options import Options
 from .quantized_linear import QuantizedLinear
@@ -37,7 +38,8 @@ class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     The other fields are a saved model's: the names of its quantized linears, those that read one
     activation together; what calibration chose for some of them; the digests of checkpoint.py. Of
-    packed tensors that are handed over, and in no file, `contents` says what they are.
+    packed tensors that are handed over, and in no file, `contents` says what they are; `reading` is
+    where those come from that are being read already.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class AtomConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.model, self.content = model, content
         handed_over = unknown.get("contents")
         self.contents = unknown.pop("contents") if isinstance(handed_over, Contents) else None
+        reading = unknown.get("reading")
+        self.reading = unknown.pop("reading") if isinstance(reading, DeviceFiles) else None
         fields = scheme.keys() if isinstance(scheme, Mapping) else set()
         if later := [*unknown, *(fields - _SCHEME_FIELDS)]:
             raise CheckpointError(

@@ -5,8 +5,9 @@ Importing this module registers the method `atom_compile` with transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -17,10 +18,19 @@ from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint import Contents, read_contents
 from .errors import CheckpointError, OptionError
-from .kernels.packing import GroupedWeight
+from .kernels.packing import AnyWeight, GroupedWeight
+from .kernels.storing import restore
 from .options import Options
-from .packer import Places, input_format, is_linear, make_plan, pack_group, packed_on_meta
-from .quantized_linear import QuantizedLinear, join_rows
+from .packer import (
+    Places,
+    input_format,
+    is_linear,
+    make_plan,
+    pack_group,
+    packed_on_meta,
+    shape_of,
+)
+from .quantized_linear import InputFormat, QuantizedLinear, join_rows
 from .transformers_config import METHOD, AtomConfig
 
 
@@ -34,8 +44,9 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: AtomConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._contents: Contents | None = None
-        self._files: Sequence[str] = ()
+        self._files: Sequence[str | Path] = ()
         self._packer: _Packer | None = None
+        self._awaited: _Awaited | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises OptionError for a model that would be offloaded while it is packed.
@@ -67,13 +78,18 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                     "config.json says that the model is packed, but not which linears: it was "
                     "changed, or not written to its end"
                 )
-            _hold_packed(model, config)
-            self._files = checkpoint_files or ()
+            if config.reading is not None:
+                self._files = config.reading.files
+                self._awaited = _Awaited(model, config)
+            else:
+                self._files = checkpoint_files or ()
+                _hold_packed(model, config)
             if config.contents is not None:
                 self._contents = config.contents
             else:
                 self._contents = self._read_contents(model)
-            self._contents.check_layout(untied(model, model.state_dict()))
+            awaited = self._awaited.tensors if self._awaited else {}
+            self._contents.check_layout(untied(model, model.state_dict()) | awaited)
             _hold_dtypes(model, self._contents)
 
     def _read_contents(self, model: Any) -> Contents:
@@ -92,7 +108,9 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
         return _Pack(self._packer)
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Where the memory is planned before it is packed, it counts as packed."""
+        """Where the memory is planned, what is packed later counts as packed, what is there not."""
+        if self.quantization_config.reading is not None:
+            return 0.0
         if self._packer is not None and param_name in self._packer.weights:
             return self._packer.bytes_per_weight
         size: float = super().param_element_size(model, param_name, param)
@@ -105,10 +123,17 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
             config.describe(model, self._packer.groups)
             self._packer = None
         elif self._contents is not None:
-            _check_loaded(model, self._contents, self._files)
+            if config.reading is not None and self._awaited is not None:
+                read = config.reading.wait()
+                self._contents.check_tensors(read)
+                self._awaited.put(model, read)
+            else:
+                _check_loaded(model, self._contents, self._files)
+                _restore(model, config)
             for group in config.linears or []:
-                _join_loaded([model.get_submodule(name) for name in group])
-            self._contents = config.contents = None
+                _join_loaded(group, [model.get_submodule(name) for name in group], self._contents)
+            self._contents = config.contents = config.reading = None
+            self._awaited = None
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -183,7 +208,7 @@ class _Packer:
         self._arrived: set[str] = set()
         before = after = 0
         for linear in self._linears.values():
-            packed = packed_on_meta(linear, options.scheme)
+            packed = packed_on_meta(shape_of(linear), options.scheme)
             before += packed.in_features * packed.out_features
             after += sum(one.nbytes for one in packed.packed if one is not None)
         self.bytes_per_weight = after / max(before, 1)
@@ -214,9 +239,22 @@ def _mark_initialized(module: nn.Module) -> None:
         marked._is_hf_initialized = True
 
 
-def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
-    """Puts packed linears without data where config.json says that they are."""
-    places = Places(model)
+class _Packed(NamedTuple):
+    """A linear that config.json says is packed, and what it becomes, without values."""
+
+    name: str
+    linear: nn.Module
+    like: QuantizedLinear
+    input_format: InputFormat
+
+    def made_of(self, packed: AnyWeight, order: Tensor | None, like: Any) -> QuantizedLinear:
+        """With the bias and the mode of the module `like`."""
+        made = QuantizedLinear(packed, order, like.bias, self.input_format, self.like.named)
+        return made.train(like.training)
+
+
+def _find_packed(model: nn.Module, config: AtomConfig) -> Iterator[_Packed]:
+    scheme = config.options.scheme
     for name in (name for group in config.linears or [] for name in group):
         try:
             linear = model.get_submodule(name)
@@ -227,14 +265,62 @@ def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
                 f"config.json says that {name} is packed, and the model has no such linear: it is "
                 "of another model"
             )
-        packed = packed_on_meta(linear, config.options.scheme)
+        like = packed_on_meta(shape_of(linear), scheme)
+        form = like.input_format
         if name in config.choices:
             choice = config.choices[name]
             numbers = choice["activation_clip"], choice["int8_groups"]
-            packed.input_format = input_format(config.options.scheme, packed.in_features, *numbers)
+            form = input_format(scheme, like.in_features, *numbers)
+        yield _Packed(name, linear, like, form)
+
+
+def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
+    """Puts packed linears without data where config.json says that they are."""
+    places = Places(model)
+    for one in _find_packed(model, config):
+        packed = one.made_of(one.like.packed, one.like.order, one.linear)
         if config.format_version > 1:
             packed.hold_stored()
-        places.replace(linear, packed)
+        places.replace(one.linear, packed)
+
+
+class _Awaited:
+    """Packed linears whose tensors transformers does not load, and does not see, biases aside."""
+
+    def __init__(self, model: nn.Module, config: AtomConfig) -> None:
+        self.tensors: dict[str, Tensor] = {}  # as files should have them, on meta
+        self._waiting: list[tuple[_Packed, nn.Module]] = []
+        places = Places(model)
+        filled: Any = torch.empty(0)  # some models fill the weights of linears that they know
+        filled._is_hf_initialized = True
+        layouts: dict[QuantizedLinear, dict[str, Tensor]] = {}
+        for one in _find_packed(model, config):
+            place = nn.Module()
+            place.weight = filled
+            place.register_parameter("bias", one.linear.bias)  # type: ignore[arg-type]
+            places.replace(one.linear, place)
+            self._waiting.append((one, place))
+            if one.like not in layouts:
+                layouts[one.like] = _layout(one.like, stored=config.format_version > 1)
+            self.tensors |= {f"{one.name}.{field}": t for field, t in layouts[one.like].items()}
+
+    def put(self, model: nn.Module, read: dict[str, Tensor]) -> None:
+        """Where they belong, each with its tensors, which leave `read`."""
+        places = Places(model)
+        for one, place in self._waiting:
+            kind = one.like.kind
+            own = {name: read.pop(f"{one.name}.{name}", None) for name in (*kind._fields, "order")}
+            order = own.pop("order")
+            packed = restore(kind(**own), one.input_format.layout, one.like.format)
+            order = None if order is None else order.to(torch.int32)
+            places.replace(place, one.made_of(packed, order, place))
+
+
+def _layout(linear: QuantizedLinear, *, stored: bool) -> dict[str, Tensor]:
+    tensors = {**linear.packed._asdict(), "order": linear.order}
+    if stored:
+        return linear.stored(tensors)
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _hold_dtypes(model: nn.Module, contents: Contents) -> None:
@@ -274,21 +360,23 @@ def _separate(model: nn.Module) -> dict[str, Tensor]:
     return state_dict
 
 
-def _check_loaded(model: Any, contents: Contents, files: Sequence[str]) -> None:
+def _check_loaded(model: Any, contents: Contents, files: Sequence[str | Path]) -> None:
     """Raises CheckpointError unless every tensor is what was saved.
 
     Those loaded in another precision, or to disk, are read from the files once more.
     """
     loaded = model.state_dict()
+    as_saved = {}
     for name in contents.tensors:
         tensor = loaded[name]
-        if tensor.is_meta or str(tensor.dtype) != f"torch.{contents.dtype(name)}":
-            tensor = _read(name, files)
-        if tensor is not None:
-            contents.check_content(name, tensor)
+        if not tensor.is_meta and str(tensor.dtype) == f"torch.{contents.dtype(name)}":
+            as_saved[name] = tensor
+        elif (tensor := _read(name, files)) is not None:
+            contents.check_tensors({name: tensor})
+    contents.check_tensors(as_saved)
 
 
-def _read(name: str, files: Sequence[str]) -> Tensor | None:
+def _read(name: str, files: Sequence[str | Path]) -> Tensor | None:
     for file in files:
         with safe_open(file, framework="pt") as opened:
             if name in opened.keys():  # noqa: SIM118
@@ -297,17 +385,22 @@ def _read(name: str, files: Sequence[str]) -> Tensor | None:
     return None  # transformers saved it under another name
 
 
-def _join_loaded(linears: Sequence[QuantizedLinear]) -> None:
-    for linear in linears:
+def _restore(model: nn.Module, config: AtomConfig) -> None:
+    for linear in (model.get_submodule(name) for group in config.linears or [] for name in group):
+        assert isinstance(linear, QuantizedLinear)
         linear.requires_grad_(False)  # transformers loads what is floating-point as trainable
         if not linear.weight.is_meta:  # offloaded: it is restored whenever it is read
             linear.restore()
+
+
+def _join_loaded(
+    names: Sequence[str], linears: Sequence[QuantizedLinear], contents: Contents
+) -> None:
     places = {(one.weight.device, one.order is None or one.order.device) for one in linears}
     if len(linears) < 2 or len(places) > 1 or linears[0].weight.is_meta:
         return  # over several devices, or offloaded: held one by one
-    orders = [one.order for one in linears if one.order is not None]
-    alike = all(torch.equal(order, orders[0]) for order in orders)
-    if not alike or len(orders) not in (0, len(linears)):
+    # told by their hashes: to compare tensors a GPU would be waited for
+    if len({contents.tensors.get(f"{name}.order") for name in names}) > 1:
         raise CheckpointError(
             f"config.json groups {len(linears)} linears that do not have one order of channels"
         )

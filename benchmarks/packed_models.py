@@ -9,8 +9,8 @@ save    models packed in place, saved, and loaded in a process of their own: byt
         in files, and whether the logits are the same, bit for bit
 hold    a model of random weights, made and packed linear by linear: the peak of memory, what is
         held afterwards, and tokens per second of one sequence
-load    seconds that from_pretrained takes, in BF16 and packed, each in processes of its own; files
-        are in the page cache
+load    seconds that from_pretrained takes in BF16 and atom_compile.load packed, each in processes
+        of its own; files are in the page cache
 start   seconds from the start of a process to its first token, the compile caches filled: packed
         with this backend, BF16 with Inductor
 

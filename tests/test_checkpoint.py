@@ -34,6 +34,7 @@ from atom_compile.scheme import Scheme
 
 from .capturing import SCHEMES_OF_EVERY_KIND, token_batch
 from .models import tiny_llama
+from .test_device_loading import load_as_onto_a_gpu
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -446,7 +447,7 @@ def test_damage_is_refused_by_name(name: str, packed: tuple[Path, Tensor], tmp_p
         (path / file.name).write_bytes(file.read_bytes())
     damage(path)
     expected: Any = OptionError if "there is not" in name else CheckpointError
-    for loading in (load, AutoModelForCausalLM.from_pretrained):
+    for loading in (load, AutoModelForCausalLM.from_pretrained, load_as_onto_a_gpu):
         with pytest.raises(expected, match=message):
             loading(path)
 

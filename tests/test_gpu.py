@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 
 import atom_compile
 from atom_compile import KVCache
+from atom_compile.device_files import DeviceFiles
+from atom_compile.device_loading import load_onto
 from atom_compile.kernels.arrivals import arrivals_of
 
 from .capturing import reference_output, relative_error, token_batch
@@ -182,3 +187,35 @@ def test_gptq_on_the_gpu() -> None:
     assert got.rounded.keys() == wanted.rounded.keys()
     for name, choice in wanted.layers.items():
         assert got.layers[name].error == pytest.approx(choice.error, rel=0.1)
+
+
+@torch.no_grad()
+def test_a_packed_model_loads_onto_it(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = tiny_llama().to(torch.bfloat16)
+    atom_compile.quantize(model, progress=False)
+    atom_compile.save(model, tmp_path, max_shard_size="200KB")
+    wanted = atom_compile.load(tmp_path).cuda()
+    with mock.patch("atom_compile.saving.load_onto", side_effect=load_onto) as past_transformers:
+        got = atom_compile.load(tmp_path, device_map="cuda")
+    assert past_transformers.called
+    state = got.state_dict()
+    assert all(torch.equal(state[name], one) for name, one in wanted.state_dict().items())
+    assert all(one.is_cuda for one in (*got.parameters(), *got.buffers()))
+    ids = token_batch().cuda()
+    assert torch.equal(got(ids).logits, wanted(ids).logits)
+
+
+def test_files_are_read_onto_it(tmp_path: Path) -> None:
+    wanted = {
+        "large": torch.randint(256, (100_000_001,), dtype=torch.uint8),
+        **{str(number): torch.randn(number) for number in range(300)},
+    }
+    save_file(wanted, tmp_path / "file")
+    busy = [torch.zeros(10_000_000, device="cuda") for _ in range(20)]
+    before = torch.cuda.current_stream()
+    with DeviceFiles([tmp_path / "file"], torch.device("cuda:0")) as reading:
+        del busy  # its memory is taken, kernels that fill it may still run
+        read = reading.wait()
+    assert torch.cuda.current_stream() == before
+    assert all(torch.equal(read[name].cpu(), one) for name, one in wanted.items())

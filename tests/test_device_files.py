@@ -1,0 +1,96 @@
+"""What threads read is what safetensors reads, whatever the pieces are, and damage has a name."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atom_compile.device_files import _DTYPES, DeviceFiles
+from atom_compile.errors import CheckpointError
+
+CPU = torch.device("cpu")
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    bits = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return alike and torch.equal(*bits)
+
+
+def random_tensors(dtypes: list[torch.dtype], shapes: list[tuple[int, ...]]) -> dict[str, Tensor]:
+    tensors = {}
+    for number, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True)):
+        count = torch.Size(shape).numel() * dtype.itemsize
+        values = torch.randint(2 if dtype == torch.bool else 256, (count,), dtype=torch.uint8)
+        tensors[f"{number}"] = values.view(dtype).view(shape)
+    return tensors
+
+
+TENSORS = st.lists(
+    st.tuples(
+        st.sampled_from(list(_DTYPES.values())),
+        st.lists(st.integers(0, 7), max_size=3).map(tuple),
+    ),
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(TENSORS, TENSORS, st.integers(1, 300))
+def test_it_reads_what_safetensors_reads(
+    tmp_path_factory: pytest.TempPathFactory, first: Any, second: Any, piece_bytes: int
+) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    wanted: dict[str, Tensor] = {}
+    for name, tensors in (("a", first), ("b", second)):
+        held = random_tensors([one[0] for one in tensors], [one[1] for one in tensors])
+        save_file({f"{name}{one}": tensor for one, tensor in held.items()}, folder / name)
+        wanted |= load_file(folder / name)
+    with DeviceFiles([folder / "a", folder / "b"], CPU, piece_bytes) as reading:
+        assert sorted(reading.names) == sorted(wanted)
+        read = reading.wait()
+        assert read is reading.wait()
+    assert read.keys() == wanted.keys()
+    assert all(same_bits(read[name], tensor) for name, tensor in wanted.items())
+    assert all(one.untyped_storage().nbytes() == one.nbytes for one in read.values())
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file({"one": torch.arange(5000), "two": torch.ones(3)}, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_damage_has_a_name(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent.safetensors is missing"):
+        DeviceFiles([tmp_path / "absent.safetensors"], CPU)
+    reading = DeviceFiles([file], CPU, 100)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1000])  # after its header was read
+    with (
+        pytest.raises(CheckpointError, match=r"model.safetensors is damaged or cut short \(it end"),
+        reading,
+    ):
+        reading.wait()
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged or cut short"):
+        DeviceFiles([file], CPU)
+    file.write_bytes(whole.replace(b'"I64"', b'"F4" '))
+    with pytest.raises(CheckpointError):
+        DeviceFiles([file], CPU)
+
+
+def test_left_early_its_threads_have_ended(file: Path) -> None:
+    before = threading.active_count()
+    with DeviceFiles([file], CPU, 1) as reading:
+        assert copy.deepcopy({"reading": reading})["reading"] is reading
+        assert threading.active_count() > before
+    assert threading.active_count() == before
