@@ -52,7 +52,10 @@ def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
     if method in METHODS:
         return load_int4(architecture, config, Path(path), dequantize=dequantize, **kwargs)
     if Path(path).is_dir() and (device := find_device(kwargs)) is not None:
-        model = load_onto(device, architecture, config, Path(path), **kwargs)
+        places = {
+            "device_map": {"": device}
+        }  # with its number: threads have a default of their own
+        model = load_onto(device, architecture, config, Path(path), **kwargs | places)
         if model is not None:
             return model
     return architecture.from_pretrained(path, **kwargs)
