@@ -196,7 +196,7 @@ def _read_header(file: Path) -> list[_Stored]:
             raise CheckpointError(f"{file.name} holds {name} in {one['dtype']}, which is not read")
         start, stop = (8 + length + offset for offset in one["data_offsets"])
         stored.append(_Stored(name, _DTYPES[one["dtype"]], tuple(one["shape"]), start, stop))
-    return sorted(stored, key=lambda one: one.start)
+    return sorted(stored, key=lambda one: (one.start, one.stop))
 
 
 def _cut(file: Path, stored: Sequence[_Stored], piece_bytes: int) -> Iterator[_Piece]:
