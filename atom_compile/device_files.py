@@ -26,7 +26,7 @@ from .errors import CheckpointError
 from .progress import track
 
 _THREADS = 12
-_PIECE_BYTES = 8 * 2**20
+_PIECE_BYTES = 16 * 2**20  # smaller ones wait for the interpreter's lock more often
 _PATIENCE = 2.0  # seconds without a progress bar
 
 # safetensors' names (https://github.com/huggingface/safetensors, "Format")
@@ -85,7 +85,7 @@ class DeviceFiles:
         self.names = [one.name for some in stored.values() for one in some]
         self._stored = {one.name: one for some in stored.values() for one in some}
         self._device = device
-        self._piece_bytes = piece_bytes
+        self._largest = max((one.stop - one.start for one in self._pieces), default=0)
         self._threads = threading.local()
         self._memory: dict[str, Tensor] = {}
         self._tensors: dict[str, Tensor] | None = None
@@ -128,7 +128,7 @@ class DeviceFiles:
 
     def _lane(self) -> _Lane:
         if not hasattr(self._threads, "lane"):
-            self._threads.lane = _Lane(self._device, self._piece_bytes)
+            self._threads.lane = _Lane(self._device, self._largest)
         lane: _Lane = self._threads.lane
         return lane
 
@@ -171,14 +171,14 @@ class DeviceFiles:
 class _Lane:
     """What a thread of the pool has of its own: on a GPU pinned memory, and a stream to copy in."""
 
-    def __init__(self, device: torch.device, piece_bytes: int) -> None:
+    def __init__(self, device: torch.device, size: int) -> None:
         on_gpu = device.type == "cuda"
         self.stream: torch.cuda.Stream | None = None
         if on_gpu:
             torch.cuda.set_device(device)
             self.stream = torch.cuda.Stream(device)
             torch.cuda.set_stream(self.stream)
-        self.buffer = torch.empty(piece_bytes, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
+        self.buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
         self.bytes: Any = self.buffer.numpy()  # shares its memory, and can be read into
 
 
@@ -196,7 +196,7 @@ def _read_header(file: Path) -> list[_Stored]:
             raise CheckpointError(f"{file.name} holds {name} in {one['dtype']}, which is not read")
         start, stop = (8 + length + offset for offset in one["data_offsets"])
         stored.append(_Stored(name, _DTYPES[one["dtype"]], tuple(one["shape"]), start, stop))
-    return sorted(stored, key=lambda one: one.start)
+    return sorted(stored, key=lambda one: (one.start, one.stop))
 
 
 def _cut(file: Path, stored: Sequence[_Stored], piece_bytes: int) -> Iterator[_Piece]:

@@ -108,14 +108,17 @@ def pack_group(linears: Linears, options: Options) -> dict[str, QuantizedLinear]
 
 @functools.lru_cache(maxsize=64)
 def packed_on_meta(shape: tuple[int, int], scheme: Scheme) -> QuantizedLinear:
-    """What a linear of that shape (N, K) becomes, without values and without its bias.
-
-    A model has few shapes, and packing takes milliseconds even without values.
-    """
-    linear = nn.Linear(shape[1], 1, bias=False, device="meta")
-    row = pack_group({"linear": linear}, Options(scheme=scheme))["linear"]
+    """What a linear of that shape (N, K) becomes, without values and without its bias."""
+    row = _row_on_meta(shape[1], scheme)
     rows = empty_rows(row.packed, shape[0])
     return QuantizedLinear(rows, row.order, None, row.input_format, row.named)
+
+
+@functools.lru_cache(maxsize=64)
+def _row_on_meta(in_features: int, scheme: Scheme) -> QuantizedLinear:
+    """A model has few widths, and packing takes milliseconds even without values."""
+    linear = nn.Linear(in_features, 1, bias=False, device="meta")
+    return pack_group({"linear": linear}, Options(scheme=scheme))["linear"]
 
 
 def input_format(scheme: Scheme, width: int, clip: float, int8_groups: int) -> InputFormat:

@@ -21,7 +21,7 @@ def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
     Or one that GPTQ, AWQ or compressed-tensors quantized, by groups of 32 to 1024 channels to 4
     bits: it becomes a packed model in W4A16 with the very codes, scales and zero points.
 
-    Our own go onto one GPU by device_loading.py, which does not wait for transformers' reading.
+    Onto one GPU our own are read by device_files.py, sooner than transformers reads them.
 
     path: a directory, or, of our own models, a repository's name. dequantize: load another's model
     in 16 bits instead, to calibrate it and quantize it anew. kwargs: `from_pretrained`'s own, such
@@ -52,6 +52,7 @@ def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
     if method in METHODS:
         return load_int4(architecture, config, Path(path), dequantize=dequantize, **kwargs)
     if Path(path).is_dir() and (device := find_device(kwargs)) is not None:
+        kwargs["device_map"] = {"": device}  # by its number: each thread has a current one
         model = load_onto(device, architecture, config, Path(path), **kwargs)
         if model is not None:
             return model

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atom_compile.content import content_hash
+from atom_compile.content import content_hash, content_hashes
 
 DTYPES = [torch.uint8, torch.int8, torch.int32, torch.bfloat16, torch.float32, torch.bool]
 
@@ -43,3 +43,16 @@ def test_it_is_of_the_bytes_alone(dtype: torch.dtype) -> None:
 def test_nothing_and_zeros_have_one() -> None:
     assert content_hash(torch.zeros(0)) == "0" * 32
     assert content_hash(torch.tensor(1.0)) != content_hash(torch.tensor(2.0))
+
+
+def test_files_carry_it() -> None:
+    stored = torch.arange(40003).mul(7919).remainder(251).to(torch.uint8)
+    assert content_hash(stored) == "27806cce5594e7b49c61de07d5072ed0"
+    assert content_hash(stored[:5]) == "c35415ffa3f05200c35415ffa3f05200"
+
+
+def test_many_at_once_have_their_own() -> None:
+    sizes = [0, 1, 7, 8, 8192, 8192, 8191, 8193, 40000, 8, 40000, 1, 5_000_000, 5_000_000]
+    tensors = [torch.randint(256, (size,), dtype=torch.uint8) for size in sizes]
+    assert content_hashes(tensors) == [content_hash(one) for one in tensors]
+    assert content_hashes([]) == []

@@ -88,6 +88,17 @@ def test_damage_has_a_name(file: Path, tmp_path: Path) -> None:
         DeviceFiles([file], CPU)
 
 
+def test_tensors_of_no_bytes_lie_where_others_begin(tmp_path: Path) -> None:
+    wanted = {"a": torch.arange(100, dtype=torch.uint8), "b": torch.zeros(0, dtype=torch.uint8)}
+    save_file(wanted, tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    assert b"[100,100]" in content
+    (tmp_path / "file").write_bytes(content.replace(b"[100,100]", b"[0,0]    "))
+    with DeviceFiles([tmp_path / "file"], CPU, 7) as reading:
+        read = reading.wait()
+    assert all(same_bits(read[name], one) for name, one in wanted.items())
+
+
 def test_left_early_its_threads_have_ended(file: Path) -> None:
     before = threading.active_count()
     with DeviceFiles([file], CPU, 1) as reading:

@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -42,16 +43,16 @@ SMALL: dict[str, Any] = {
 }
 
 
-def load_as_onto_a_gpu(path: Path, **kwargs: Any) -> Any:
-    """`load`, as if all of the model went to one GPU, which the CPU stands for."""
-    with mock.patch("atom_compile.saving.find_device", return_value=CPU):
-        return load(path, **kwargs)
-
-
 def load_fast(path: Path, **kwargs: Any) -> Any:
-    """As `load_as_onto_a_gpu`, but None if that is left to `from_pretrained`."""
+    """Onto the CPU, as onto a GPU; None if that is left to `from_pretrained`."""
     config = AutoConfig.from_pretrained(path)
     return load_onto(CPU, getattr(transformers, config.architectures[0]), config, path, **kwargs)
+
+
+def load_as_onto_a_gpu(path: Path) -> Any:
+    """What `load` does where all of the model goes to one GPU, which the CPU stands for."""
+    model = load_fast(path)
+    return AutoModelForCausalLM.from_pretrained(path) if model is None else model
 
 
 def tiny_qwen() -> Any:
@@ -196,6 +197,16 @@ def test_one_gpu_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
         assert find_device({"device_map": places}) is None
     assert find_device({"device_map": "cuda:0", "attn_implementation": "eager"}) is None
     assert find_device({}) is None
+
+
+def test_load_takes_it_onto_one_gpu(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with mock.patch("atom_compile.saving.load_onto", return_value="model") as onto:
+        assert load(packed, device_map={"": 1}, dtype="auto") == "model"
+    device = torch.device("cuda:1")
+    assert onto.call_args.args[0] == device
+    assert onto.call_args.kwargs == {"device_map": {"": device}, "dtype": "auto"}
 
 
 def test_the_command_line_loads_with_load(packed: Path) -> None:
