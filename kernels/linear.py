@@ -517,7 +517,7 @@ def plan_product(
         PTX=device.type == "cuda",
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        **overlap(device),
+        **overlap(device, tiling.block_m),
     )
     return Product(out, sharing, launch), tiling
 

@@ -574,7 +574,7 @@ def _plan_product(
         PACK=_pack(device, tiling),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
-        **overlap(device),
+        **overlap(device, tiling.block_m),
     )
     return Product(buffer(*x_shape[:-1], N, dtype=dtype), sharing, launch)
 
