@@ -147,19 +147,17 @@ def recorded_names(file: str | Path) -> set[str]:
         return set()
 
 
-def open_file(file: str | Path) -> Any:
+def open_file(file: str | Path, device: str = "cpu") -> Any:
     """`safe_open`, which checks that the header covers the file; CheckpointError by its name."""
     name = Path(file).name
     try:
-        return safe_open(file, framework="pt")
+        return safe_open(file, framework="pt", device=device)
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing: the checkpoint is incomplete") from error
     except (SafetensorError, OSError) as error:
-        raise damaged_file(name, str(error)) from error
-
-
-def damaged_file(file: str, reason: str) -> CheckpointError:
-    return CheckpointError(f"{file} is damaged or cut short ({reason}): copy or save it again")
+        raise CheckpointError(
+            f"{name} is damaged or cut short ({error}): copy or save it again"
+        ) from error
 
 
 def _read_record(name: str, written: str, settings: Mapping[str, Any]) -> Contents:

@@ -652,7 +652,7 @@ def _fits_in_l2(M: int, shared_tiles: int, num_groups: int, tiling: HopperTiling
     Programs that share tiles are each at other channels, so that one finds in the L2 what another
     has read only if all of it stays there: 8192 x 28672 and 1024 tokens took 10 % longer.
     """
-    with_one_weight = min(cdiv(M, tiling.block_m), BAND.value)
+    with_one_weight: int = min(cdiv(M, tiling.block_m), BAND.value)
     rows = shared_tiles / with_one_weight * 128 * tiling.blocks
     size = num_groups * 2 * _OUTLIER_STEP * (rows / 2 + with_one_weight * tiling.block_m)
     return with_one_weight == 1 or size <= _L2_BYTES

@@ -1,4 +1,4 @@
-"""What threads read is what safetensors reads, whatever the pieces are, and damage has a name."""
+"""What threads read is what one reads, and damage has a name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from atom_compile.device_files import _DTYPES, DeviceFiles
+from atom_compile.device_files import DeviceFiles
 from atom_compile.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -35,19 +35,17 @@ def random_tensors(dtypes: list[torch.dtype], shapes: list[tuple[int, ...]]) -> 
     return tensors
 
 
+DTYPES = [torch.bool, torch.uint8, torch.int32, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
 TENSORS = st.lists(
-    st.tuples(
-        st.sampled_from(list(_DTYPES.values())),
-        st.lists(st.integers(0, 7), max_size=3).map(tuple),
-    ),
-    max_size=12,
+    st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 7), max_size=3).map(tuple)),
+    max_size=40,
 )
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
-@given(TENSORS, TENSORS, st.integers(1, 300))
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(TENSORS, TENSORS)
 def test_it_reads_what_safetensors_reads(
-    tmp_path_factory: pytest.TempPathFactory, first: Any, second: Any, piece_bytes: int
+    tmp_path_factory: pytest.TempPathFactory, first: Any, second: Any
 ) -> None:
     folder = tmp_path_factory.mktemp("files")
     wanted: dict[str, Tensor] = {}
@@ -55,13 +53,12 @@ def test_it_reads_what_safetensors_reads(
         held = random_tensors([one[0] for one in tensors], [one[1] for one in tensors])
         save_file({f"{name}{one}": tensor for one, tensor in held.items()}, folder / name)
         wanted |= load_file(folder / name)
-    with DeviceFiles([folder / "a", folder / "b"], CPU, piece_bytes) as reading:
+    with DeviceFiles([folder / "a", folder / "b"], CPU) as reading:
         assert sorted(reading.names) == sorted(wanted)
         read = reading.wait()
         assert read is reading.wait()
     assert read.keys() == wanted.keys()
     assert all(same_bits(read[name], tensor) for name, tensor in wanted.items())
-    assert all(one.untyped_storage().nbytes() == one.nbytes for one in read.values())
 
 
 @pytest.fixture
@@ -73,14 +70,8 @@ def file(tmp_path: Path) -> Path:
 def test_damage_has_a_name(file: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent.safetensors is missing"):
         DeviceFiles([tmp_path / "absent.safetensors"], CPU)
-    reading = DeviceFiles([file], CPU, 100)
     whole = file.read_bytes()
-    file.write_bytes(whole[:-1000])  # after its header was read
-    with (
-        pytest.raises(CheckpointError, match=r"model.safetensors is damaged or cut short \(it end"),
-        reading,
-    ):
-        reading.wait()
+    file.write_bytes(whole[:-1000])
     with pytest.raises(CheckpointError, match=r"model.safetensors is damaged or cut short"):
         DeviceFiles([file], CPU)
     file.write_bytes(whole.replace(b'"I64"', b'"F4" '))
@@ -88,20 +79,9 @@ def test_damage_has_a_name(file: Path, tmp_path: Path) -> None:
         DeviceFiles([file], CPU)
 
 
-def test_tensors_of_no_bytes_lie_where_others_begin(tmp_path: Path) -> None:
-    wanted = {"a": torch.arange(100, dtype=torch.uint8), "b": torch.zeros(0, dtype=torch.uint8)}
-    save_file(wanted, tmp_path / "file")
-    content = (tmp_path / "file").read_bytes()
-    assert b"[100,100]" in content
-    (tmp_path / "file").write_bytes(content.replace(b"[100,100]", b"[0,0]    "))
-    with DeviceFiles([tmp_path / "file"], CPU, 7) as reading:
-        read = reading.wait()
-    assert all(same_bits(read[name], one) for name, one in wanted.items())
-
-
 def test_left_early_its_threads_have_ended(file: Path) -> None:
     before = threading.active_count()
-    with DeviceFiles([file], CPU, 1) as reading:
+    with DeviceFiles([file], CPU) as reading:
         assert copy.deepcopy({"reading": reading})["reading"] is reading
         assert threading.active_count() > before
     assert threading.active_count() == before
