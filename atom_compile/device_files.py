@@ -53,11 +53,11 @@ class DeviceFiles:
 
     def __enter__(self) -> DeviceFiles:
         self._pool = ThreadPoolExecutor(_THREADS, "atom-read")
-        self._read = [
-            self._pool.submit(_read_tensors, opened, list(opened.keys())[first::_THREADS])
-            for opened in self._opened
-            for first in range(_THREADS)
-        ]
+        self._read = []
+        for opened in self._opened:
+            names = list(opened.keys())
+            shares = [names[first::_THREADS] for first in range(_THREADS)]
+            self._read += [self._pool.submit(_read_tensors, opened, share) for share in shares]
         return self
 
     def __exit__(self, *error: object) -> None:
