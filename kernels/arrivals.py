@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -44,6 +45,15 @@ class Arrivals:
                 return self._zeros(tiles)
             self._of_stream[stream] = self._unused.pop()
         return self._of_stream[stream]
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Takes back what was captured meanwhile, by graphs that are not replayed any more."""
+        unused = None if self._unused is None else list(self._unused)
+        yield
+        if unused is not None:
+            kept = {row.data_ptr() for row in self._of_stream.values()}
+            self._unused = [row for row in unused if row.data_ptr() not in kept]
 
     def _rows_outside_of_pools(self) -> list[Tensor]:
         """Inductor's CUDA graphs, while they warm up, give what a thread allocates to a pool of

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.arrivals import arrivals_of
+
 Call = Callable[[], object]
 
 _MOST_COPIES = 32  # of inputs so small that a model's previous kernel leaves them in the cache
@@ -52,7 +54,8 @@ def measure(calls: Sequence[Call], device: torch.device, seconds: float) -> Timi
         return _summary(_time_by_clock(calls, seconds), len(calls), "wall clock")
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    # thousands of captured launches would use up the counters, and later ones take longer
+    with torch.cuda.stream(stream), arrivals_of(stream.device).lent():
         passes = _passes_per_replay(calls)
         try:
             repeat, how = _capture(calls, passes, stream).replay, "graph replay"
