@@ -350,9 +350,10 @@ def default_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> Til
     fewest_groups = 3 if block_m <= 16 else 7  # worth a partial sum of their own
     lightest = 9 * num_groups // M  # else the partial sums outweigh the weights
     most = 8 if block_m <= 32 else 4
-    split_k = max(1, min(resident // tiles, num_groups // fewest_groups, lightest, most))
+    most = min(num_groups // fewest_groups, lightest, most)
+    split_k = max(1, min(resident // tiles, most))
     split_k = 1 << (split_k.bit_length() - 1)
-    if block_m <= 16:
+    if block_m <= 16 and 2 * split_k <= most:
         # programs that a multiprocessor gets at most, in whole tiles
         load = cdiv(split_k * tiles, multiprocessors) / split_k
         if cdiv(2 * split_k * tiles, multiprocessors) / (2 * split_k) < 0.85 * load:
