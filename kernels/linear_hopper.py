@@ -650,7 +650,8 @@ def _fits_in_l2(M: int, shared_tiles: int, num_groups: int, tiling: HopperTiling
     """Whether what shared tiles read is read from memory once.
 
     Programs that share tiles are each at other channels, so that one finds in the L2 what another
-    has read only if all of it stays there: 8192 x 28672 and 1024 tokens took 10 % longer.
+    has read only if all of it stays there: W6A8 took 565 us instead of 513 on 8192 x 28672 and 1024
+    tokens (an H200).
     """
     with_one_weight: int = min(cdiv(M, tiling.block_m), BAND.value)
     rows = shared_tiles / with_one_weight * 128 * tiling.blocks
