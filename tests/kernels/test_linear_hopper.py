@@ -87,11 +87,13 @@ def test_one_token_and_no_outliers() -> None:
 @on_hopper
 @pytest.mark.parametrize("block_m", [16, 64, 128])
 def test_shared_tiles_give_the_same_bits_every_time(block_m: int) -> None:
-    layout, tiling = GroupLayout(28672, 128, 128), HopperTiling(block_m, 1)
-    for M, N in [(block_m, 4096), (2 * block_m, 9008)]:  # less than a round of tiles, and more
+    tiling = HopperTiling(block_m, 1)
+    # less than a round of tiles, and more, of which all is in the L2
+    for M, N, K in [(block_m, 4096, 28672), (2 * block_m, 9008, 8192)]:
+        layout = GroupLayout(K, 128, 128)
         assert whole_tiles(M, N, layout.num_groups, tiling, STEP_US[False][tiling], 132) == 0
-        codes, scale = quantize.reference(torch.randn(M, 28672).cuda(), 4, 128, 128, 0.9)
-        packed = pack_weight(torch.randn(N, 28672).cuda(), layout, 4, 0.85)
+        codes, scale = quantize.reference(torch.randn(M, K).cuda(), 4, 128, 128, 0.9)
+        packed = pack_weight(torch.randn(N, K).cuda(), layout, 4, 0.85)
         arguments: list[Any] = [codes, scale, *packed, None, None, torch.float32]
         with poisoned_memory():
             got = LAUNCH(*arguments, tiling)
