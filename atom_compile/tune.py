@@ -1,4 +1,6 @@
-"""`atom-compile tune`: measures which launch of `atom.linear` is fastest for which sizes.
+"""`atom-compile tune`: measures which launch of a linear's product is fastest for which sizes.
+
+It is that of `atom.linear` or, with 16-bit activations, of `atom.weight_only_linear`.
 
 Results go to `kernels/tuned/<device>.json` (kernels/tuning.py says what is in it) after every size,
 so that tuning may be interrupted and goes on where it was. Every candidate is compared with the
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +28,8 @@ from .bench.shapes import Shape, find_device, find_shape
 from .bench.timing import copies_past_cache, measure
 from .errors import AtomError, OptionError
 from .files import write_text
-from .kernels import linear, linear_hopper, quantize, tuning
-from .kernels.packing import pack_weight
+from .kernels import linear, linear_hopper, quantize, tuning, weight_only_linear
+from .kernels.packing import pack_grouped, pack_weight
 from .scheme import Scheme
 
 DEFAULT_MODELS = ("llama3-8b", "llama3-70b")
@@ -46,7 +48,7 @@ class Size(NamedTuple):
     K: int
 
 
-Candidate = linear.Tiling | linear_hopper.HopperTiling
+Candidate = linear.Tiling | linear_hopper.HopperTiling | weight_only_linear.Dense
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,12 @@ def tune(
         if count < 1 or count & (count - 1):
             raise OptionError(f"tokens is {list(tokens)}; every number must be a power of two")
     scheme = Scheme.of(scheme)
-    if not scheme.sorts_channels:
-        activations = "16-bit" if scheme.activation_bits == 16 else "FP8"
+    if scheme.activation_format == "e4m3":
         raise OptionError(
-            f"with {activations} activations there is no launch to tune: atom.linear is what is "
-            "tuned, and scheme must be one that quantizes them to integers, such as 'w4a4'"
+            "with FP8 activations there is no launch to tune: scheme must be one of 16-bit "
+            "activations or of integers, such as 'w4a16' or 'w4a4'"
         )
-    if scheme.weight_format != "int":
+    if scheme.sorts_channels and scheme.weight_format != "int":
         raise OptionError(
             f"launches are tuned for INT4 weights and serve {scheme.weight_format} as well: scheme "
             "must be one of integers, such as 'w4a4'"
@@ -100,20 +101,23 @@ def tune(
     shapes = [one if isinstance(one, Shape) else find_shape(one) for one in models]
     weights = [size for shape in shapes for size in shape.linears.values()]
     path = tuning.path_for(place, folder)
-    rows = {_key(row): row for row in tuning.read_rows(path)}
+    operator = (_Linear if scheme.sorts_channels else _WeightOnlyLinear)(setting)
+    rows_of = tuning.read_rows(path)
+    rows = {_key(row): row for row in rows_of[operator.name]}
     sizes = [Size(M, N, K) for M in setting.tokens for N, K in weights]
-    wanted = {_key_of(setting, size): size for size in sizes}
+    wanted = {_key(operator.describe(size)): size for size in sizes}
     due = [size for key, size in wanted.items() if again or key not in rows]
     with torch.no_grad(), Progress(console=console, disable=console is None) as progress:
         task = progress.add_task("", total=len(due))
         for size in due:
             describe = functools.partial(_describe, progress, task, size)
-            outcome = _tune_size(setting, size, quick, describe)
-            rows[_key_of(setting, size)] = outcome.row
-            _write(path, list(rows.values()), setting)
+            outcome = _tune_size(operator, size, quick, describe)
+            rows[_key(outcome.row)] = outcome.row
+            _write(path, rows_of | {operator.name: list(rows.values())}, setting)
             progress.advance(task)
             yield outcome
     linear.forget_tilings()
+    weight_only_linear.forget_tilings()
 
 
 def _describe(progress: Progress, task: Any, size: Size, done: int, candidates: int) -> None:
@@ -121,24 +125,110 @@ def _describe(progress: Progress, task: Any, size: Size, done: int, candidates: 
     progress.update(task, description=f"{name}, candidate {done} of {candidates}")
 
 
-def _key(row: dict[str, Any]) -> tuple[int, ...]:
-    return row["N"], row["num_groups"], row["group_size"], row["M"]
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuning.format_of(row), row["N"], row["num_groups"], row["group_size"], row["M"]
 
 
-def _key_of(setting: Setting, size: Size) -> tuple[int, ...]:
-    layout = setting.scheme.layout(size.K)
-    return size.N, layout.num_groups, layout.group_size, size.M
+class _Linear:
+    """`atom.linear`, as it is tuned."""
+
+    name = "linear"
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def describe(self, size: Size) -> dict[str, Any]:
+        """What a row is found by."""
+        layout = self.setting.scheme.layout(size.K)
+        sizes = {"num_groups": layout.num_groups, "group_size": layout.group_size}
+        return {"N": size.N, **sizes, "M": size.M}
+
+    def default(self, size: Size) -> Candidate:
+        M, N, K = size
+        layout, device = self.setting.scheme.layout(K), self.setting.device
+        sizes = layout.num_groups, layout.group_size, layout.outlier_channels
+        return linear.fastest_tiling(M, N, *sizes, device)
+
+    def candidates(self, size: Size) -> Sequence[Candidate]:
+        M, N, K = size
+        return linear.candidates(M, N, self.setting.scheme.layout(K).num_groups)
+
+    def path_of(self, tiling: Any) -> str:
+        return linear.path_of(tiling)
+
+    def inputs(self, size: Size, index: int) -> tuple[Any, ...]:
+        M, N, K = size
+        scheme, layout = self.setting.scheme, self.setting.scheme.layout(K)
+        x = self.setting.draw(index).normal(M, K)
+        numbers = scheme.activation_bits, layout.group_size, layout.outlier_channels
+        codes, scale = quantize.reference(x, *numbers, scheme.activation_clip)
+        weight = self.setting.weight_draw(index).normal(N, K)
+        packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
+        return codes, scale, *packed, None, None, self.setting.dtype
+
+    def reference(self, tokens: Tensor, codes: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+        """Of those tokens alone."""
+        return linear.reference(codes[tokens], scale[:, tokens], *rest)
+
+    def launch(self, tiling: Any, *inputs: Any) -> Tensor:
+        launch: Callable[..., Tensor] = linear.launch
+        return launch(*inputs, tiling)
+
+
+class _WeightOnlyLinear:
+    """`atom.weight_only_linear`, as it is tuned."""
+
+    name = "weight_only_linear"
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self._format = setting.scheme.weight_format
+
+    def describe(self, size: Size) -> dict[str, Any]:
+        layout = self.setting.scheme.layout(size.K)
+        sizes = {"num_groups": layout.num_groups, "group_size": layout.group_size}
+        return {"format": self._format, "N": size.N, **sizes, "M": size.M}
+
+    def _sizes(self, size: Size) -> tuple[Any, ...]:
+        group_size = self.setting.scheme.layout(size.K).group_size
+        return *size, group_size, self.setting.dtype, self.setting.device, self._format
+
+    def default(self, size: Size) -> Candidate:
+        return weight_only_linear.fastest_tiling(*self._sizes(size))
+
+    def candidates(self, size: Size) -> Sequence[Candidate]:
+        return weight_only_linear.candidates(*self._sizes(size))
+
+    def path_of(self, tiling: Any) -> str:
+        return weight_only_linear.path_of(tiling)
+
+    def inputs(self, size: Size, index: int) -> tuple[Any, ...]:
+        M, N, K = size
+        x = self.setting.draw(index).normal(M, K)
+        weight = self.setting.weight_draw(index).normal(N, K)
+        scheme, layout = self.setting.scheme, self.setting.scheme.layout(K)
+        numbers = scheme.weight_bits, scheme.weight_clip, scheme.symmetric
+        packed = pack_grouped(weight, layout, *numbers, scheme.weight_format)
+        return x, *packed, None, None, self.setting.dtype
+
+    def reference(self, tokens: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        return weight_only_linear.reference(x[tokens], *rest, format=self._format)
+
+    def launch(self, tiling: Any, *inputs: Any) -> Tensor:
+        launch: Callable[..., Tensor] = weight_only_linear.launch
+        return launch(*inputs, tiling, format=self._format)
 
 
 def _tune_size(
-    setting: Setting, size: Size, quick: bool, describe: Callable[[int, int], None]
+    operator: _Linear | _WeightOnlyLinear,
+    size: Size,
+    quick: bool,
+    describe: Callable[[int, int], None],
 ) -> Outcome:
-    N, num_groups, group_size, M = _key_of(setting, size)
-    outliers = setting.scheme.layout(size.K).outlier_channels
-    default = linear.fastest_tiling(M, N, num_groups, group_size, outliers, setting.device)
-    others = linear.candidates(M, N, num_groups)[: _QUICK_CANDIDATES if quick else None]
+    default = operator.default(size)
+    others = operator.candidates(size)[: _QUICK_CANDIDATES if quick else None]
     candidates = list(dict.fromkeys([default, *others]))
-    contest = _Contest(setting, size)
+    contest = _Contest(operator, size)
     times: dict[Candidate, float] = {}
     for done, candidate in enumerate(candidates, start=1):
         describe(done, len(candidates))
@@ -152,11 +242,8 @@ def _tune_size(
     if final[best] > _WORTH_IT * final[default]:
         best = default
     row = {
-        "N": N,
-        "num_groups": num_groups,
-        "group_size": group_size,
-        "M": M,
-        "path": linear.path_of(best),
+        **operator.describe(size),
+        "path": operator.path_of(best),
         "tiling": best._asdict(),
         "us": round(final[best], 2),
         "default_us": round(final[default], 2),
@@ -167,46 +254,35 @@ def _tune_size(
 class _Contest:
     """The inputs of one size, in as many copies as exceed the L2, and what must come out."""
 
-    def __init__(self, setting: Setting, size: Size) -> None:
-        self._setting = setting
-        self._checked = checked_tokens(setting, size.M)
-        inputs = _inputs(setting, size, 0)
-        codes, scale, *packed = inputs
-        arguments: list[Any] = [codes[self._checked], scale[:, self._checked], *packed]
-        arguments += [None, None, setting.dtype]
-        self._expected = linear.reference(*arguments).float()
-        copies = copies_past_cache(sum(x.nbytes for x in inputs), setting.device)
-        self._inputs = [inputs, *(_inputs(setting, size, index) for index in range(1, copies))]
+    def __init__(self, operator: _Linear | _WeightOnlyLinear, size: Size) -> None:
+        self._operator, device = operator, operator.setting.device
+        self._checked = checked_tokens(operator.setting, size.M)
+        inputs = operator.inputs(size, 0)
+        self._expected = operator.reference(self._checked, *inputs).float()
+        held = sum(x.nbytes for x in inputs if isinstance(x, Tensor))
+        copies = copies_past_cache(held, device)
+        self._inputs = [inputs, *(operator.inputs(size, index) for index in range(1, copies))]
 
     def time(self, candidate: Candidate, seconds: float) -> float | None:
         """Microseconds; None if it does not run on this device or is wrong."""
-        launch: Callable[..., Tensor] = linear.launch
-        last = None, None, self._setting.dtype, candidate
-        calls = [functools.partial(launch, *given, *last) for given in self._inputs]
+        launch = self._operator.launch
+        calls = [functools.partial(launch, candidate, *given) for given in self._inputs]
         try:
             off = calls[0]()[self._checked].float() - self._expected
             if not off.norm() <= SAME_ROUNDING * self._expected.norm():
                 return None
-            return measure(calls, self._setting.device, seconds).median_us
+            return measure(calls, self._operator.setting.device, seconds).median_us
         except (RuntimeError, TritonError):
             return None
 
 
-def _inputs(setting: Setting, size: Size, index: int) -> tuple[Tensor, ...]:
-    M, N, K = size
-    scheme, layout = setting.scheme, setting.scheme.layout(K)
-    x = setting.draw(index).normal(M, K)
-    numbers = scheme.activation_bits, layout.group_size, layout.outlier_channels
-    codes, scale = quantize.reference(x, *numbers, scheme.activation_clip)
-    weight = setting.weight_draw(index).normal(N, K)
-    packed = pack_weight(weight, layout, scheme.weight_bits, scheme.weight_clip)
-    return codes, scale, *packed
-
-
-def _write(path: Path, rows: list[dict[str, Any]], setting: Setting) -> None:
+def _write(path: Path, rows_of: Mapping[str, Sequence[dict[str, Any]]], setting: Setting) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     environment = describe_environment(setting.device)
     record = {name: environment[name] for name in ("device", "torch", "cuda", "triton", "date")}
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in sorted(rows, key=_key))
-    text = f'{{\n "environment": {json.dumps(record)},\n "linear": [\n{lines}\n ]\n}}\n'
-    write_text(path, text)
+    parts = [f' "environment": {json.dumps(record)}']
+    for operator, rows in rows_of.items():
+        if rows:
+            lines = ",\n".join(f"  {json.dumps(row)}" for row in sorted(rows, key=_key))
+            parts.append(f' "{operator}": [\n{lines}\n ]')
+    write_text(path, "{\n" + ",\n".join(parts) + "\n}\n")

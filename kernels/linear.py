@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -365,19 +366,28 @@ def default_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> Til
 
 def candidates(M: int, N: int, num_groups: int) -> list[Tiling | HopperTiling]:
     """What tuning measures, the likeliest first: around what serves such sizes."""
+    hopper = [one for one in linear_hopper.tilings(two_level=False) if one.block_m <= 4 * M]
+    return [*hopper, *split_candidates(M, num_groups)]
+
+
+def split_candidates(M: int, num_groups: int, stages: Sequence[int] = (3, 4, 2, 5)) -> list[Tiling]:
+    """Those of the kernels that split K, the likeliest first."""
     block_m = min(max(8, next_power_of_2(M)), 128)
     few = block_m <= 16
-    widths = [block for block in (64, 128, 32, 256) if block * block_m <= 128 * 128]
-    heights = [block_m] if block_m < 128 else [128, 64]
-    splits = [1, 2, 3, 4, 6, 8, 12, 16] if few else [1, 2, 4, 8, 16]
+    if few:
+        # (block_n, num_warps): a warp that has more rows has fewer instructions for each of them
+        cuts = [(64, 4), (64, 2), (32, 1), (64, 1), (128, 4), (32, 2), (128, 8), (256, 8), (32, 4)]
+        splits = [1, 2, 3, 4, 6, 8, 12, 16]
+    else:
+        cuts = [(64, 4), (128, 4), (32, 4), (256, 4), (128, 8), (64, 8), (256, 8), (32, 8)]
+        splits = [1, 2, 4, 8, 16]
     splits = [split for split in splits if split <= num_groups // 2 and split * M <= 2048]
-    hopper = [one for one in linear_hopper.tilings(two_level=False) if one.block_m <= 4 * M]
-    return hopper + [
+    return [
         Tiling(block_n, height, split_k, num_warps, num_stages)
-        for num_warps in ((4, 2, 8) if few else (4, 8))
-        for num_stages in (3, 4, 2, 5)
-        for height in heights
-        for block_n in widths
+        for num_stages in stages
+        for height in ([block_m] if block_m < 128 else [128, 64])
+        for block_n, num_warps in cuts
+        if block_n * height <= 128 * 128
         for split_k in splits or [1]
     ]
 

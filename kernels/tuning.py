@@ -1,7 +1,8 @@
 """Tuned launches: data in `tuned/<device>.json`, one row for each operator size and token count.
 
-    {"N": 6144, "num_groups": 31, "group_size": 128, "M": 16, "path": "triton int8",
-     "tiling": {"block_n": 64, ...}, "us": 9.1, "default_us": 10.3}
+    "linear": [{"N": 6144, "num_groups": 31, "group_size": 128, "M": 16, "path": "triton int8",
+                "tiling": {"block_n": 64, ...}, "us": 9.1, "default_us": 10.3}, ...],
+    "weight_only_linear": [{"format": "e2m3", "N": 6144, "num_groups": 32, ...}, ...]
 
 A row serves M/2 + 1 .. M tokens; `M` is a power of two. `atom-compile tune` writes the file. What
 is not in it gets the operator's default, at once.
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 FOLDER = Path(__file__).parent / "tuned"
+OPERATORS = "linear", "weight_only_linear"
 _ENOUGH_TOKENS = 1024  # to fill a device: more of them are launched as these are
 
 Row = dict[str, Any]
@@ -32,9 +34,17 @@ class Tuned(NamedTuple):
     tiling: Mapping[str, int]
 
 
-def find(device: torch.device, M: int, N: int, num_groups: int, group_size: int) -> Tuned | None:
+def find(
+    device: torch.device,
+    M: int,
+    N: int,
+    num_groups: int,
+    group_size: int,
+    operator: str = "linear",
+    format: str = "int",
+) -> Tuned | None:
     """What was measured fastest on this device for these sizes, if it was measured."""
-    by_tokens = _rows_by_size(device).get((N, num_groups, group_size))
+    by_tokens = _rows_by_size(device).get((operator, format, N, num_groups, group_size))
     if not by_tokens:
         return None
     most = max(by_tokens)
@@ -44,20 +54,21 @@ def find(device: torch.device, M: int, N: int, num_groups: int, group_size: int)
 
 
 @functools.cache
-def _rows_by_size(device: torch.device) -> dict[tuple[int, int, int], dict[int, Row]]:
+def _rows_by_size(device: torch.device) -> dict[tuple[str, str, int, int, int], dict[int, Row]]:
     if device.type != "cuda":
         return {}
-    rows = read_rows(path_for(device))
-    if not rows:
+    rows_of = read_rows(path_for(device))
+    if not any(rows_of.values()):
         warnings.warn(
             f"atom: no tuned launches for {device_name(device)}; default ones are used. "
             "`atom-compile tune` measures them.",
             stacklevel=2,
         )
-    by_size: dict[tuple[int, int, int], dict[int, Row]] = {}
-    for row in rows:
-        size = row["N"], row["num_groups"], row["group_size"]
-        by_size.setdefault(size, {})[row["M"]] = row
+    by_size: dict[tuple[str, str, int, int, int], dict[int, Row]] = {}
+    for operator, rows in rows_of.items():
+        for row in rows:
+            size = row["N"], row["num_groups"], row["group_size"]
+            by_size.setdefault((operator, format_of(row), *size), {})[row["M"]] = row
     return by_size
 
 
@@ -65,11 +76,15 @@ forget = _rows_by_size.cache_clear
 """Reads the files anew at the next look-up."""
 
 
-def read_rows(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    rows: list[Row] = json.loads(path.read_text())["linear"]
-    return rows
+def format_of(row: Row) -> str:
+    """Of the weight, as the operators call it; what was tuned for INT4 serves E2M1 in `linear`."""
+    return str(row.get("format", "int"))
+
+
+def read_rows(path: Path) -> dict[str, list[Row]]:
+    """By operator."""
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    return {operator: record.get(operator, []) for operator in OPERATORS}
 
 
 def path_for(device: torch.device, folder: Path = FOLDER) -> Path:

@@ -433,15 +433,17 @@ def is_aligned(
     return rows_per_group(weight) % 16 == 0 and all(starts)
 
 
+def tilings(dtype: torch.dtype, kind: str) -> list[HopperTiling]:
+    """kind: as in STEP_US."""
+    wide_enough = dtype == torch.bfloat16  # for a weight that is scaled
+    return [one for one in STEP_US[kind] if one.blocks == 1 or wide_enough]
+
+
 def best_tiling(
     M: int, N: int, num_groups: int, dtype: torch.dtype, kind: str, multiprocessors: int
 ) -> tuple[HopperTiling, float]:
     """The fastest one, and the microseconds that it should take; kind: as in STEP_US."""
-    step_us = {
-        tiling: us
-        for tiling, us in STEP_US[kind].items()
-        if tiling.blocks == 1 or dtype == torch.bfloat16  # to scale weights float16 is too narrow
-    }
+    step_us = {tiling: STEP_US[kind][tiling] for tiling in tilings(dtype, kind)}
     return linear_hopper.best_tiling(M, N, num_groups, step_us, multiprocessors)
 
 

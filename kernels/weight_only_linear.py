@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import linear, weight_only_hopper
+from . import linear, tuning, weight_only_hopper
 from .arrivals import Product
 from .devices import is_hopper, multiprocessors
 from .formats import BLOCK_FORMATS, element_format
@@ -347,6 +348,10 @@ _PRODUCTS = {"int": 180e6, "other": 110e6}  # of weight_only_kernel
 _DENSE_PRODUCTS = 370e6
 
 
+class Dense(NamedTuple):
+    """In place of a tiling: the weight is dequantized, and PyTorch multiplies."""
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_tiling(
     M: int,
@@ -356,26 +361,85 @@ def choose_tiling(
     dtype: torch.dtype,
     device: torch.device,
     format: str = "int",
-) -> Tiling | HopperTiling | None:
-    """How the product is cut, and by that which kernel's; None where dequantizing is faster."""
+) -> Tiling | HopperTiling | Dense:
+    """The tuned one, where there is one, and by that which kernel's."""
+    size = M, N, cdiv(K, group_size), group_size
+    known = dtype.itemsize == 2
+    tuned = tuning.find(device, *size, "weight_only_linear", format) if known else None
+    if tuned and tuned.path == PATH and set(tuned.tiling) == set(Tiling._fields):
+        return Tiling(**tuned.tiling)
+    if tuned and tuned.path == DEQUANTIZE:
+        return Dense()
+    if tuned and tuned.path == weight_only_hopper.PATH:
+        tilings = _hopper_tilings(N, K, group_size, dtype, format, device)
+        tilings = [one for one in tilings if one._asdict() == tuned.tiling]
+        if tilings:
+            return tilings[0]
+    return fastest_tiling(M, N, K, group_size, dtype, device, format)
+
+
+def fastest_tiling(
+    M: int,
+    N: int,
+    K: int,
+    group_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    format: str,
+) -> Tiling | HopperTiling | Dense:
+    """For sizes that nobody tuned: by a model of what each kernel takes."""
     num_groups = cdiv(K, group_size)
     tiling = packed_tiling(M, N, num_groups, dtype, device, format)
     if not is_hopper(device):
-        return tiling if M <= _MOST_TOKENS else None
+        return tiling if M <= _MOST_TOKENS else Dense()
     # by simple models of what each takes, with what was measured on an H100
     kind = "int" if format == "int" else "other"
     weight_us = N * (K / _BYTES) * (_width(format) / 8)
     packed_us = 7 + max(weight_us, M * N * (K / _PRODUCTS[kind]))
     dense_us = 5 + weight_us + N * K * 2 / _BYTES + M * N * (K / _DENSE_PRODUCTS)
-    choices: list[tuple[float, Tiling | HopperTiling | None]] = [
+    choices: list[tuple[float, Tiling | HopperTiling | Dense]] = [
         (packed_us, tiling),
-        (dense_us, None),
+        (dense_us, Dense()),
     ]
     if M > _FEW_TOKENS and weight_only_hopper.fits(N, K, group_size, dtype, format):
         sizes = M, N, num_groups, dtype, kind, multiprocessors(device)
         on_hopper, us = weight_only_hopper.best_tiling(*sizes)
         choices.append((us, on_hopper))
     return min(choices, key=lambda choice: choice[0])[1]
+
+
+def candidates(
+    M: int, N: int, K: int, group_size: int, dtype: torch.dtype, device: torch.device, format: str
+) -> list[Tiling | HopperTiling | Dense]:
+    """What tuning measures, the likeliest first."""
+    hopper = _hopper_tilings(N, K, group_size, dtype, format, device)
+    found: list[Tiling | HopperTiling | Dense] = [one for one in hopper if one.block_m <= 4 * M]
+    if M > _FEW_TOKENS:
+        found.append(Dense())
+    own = linear.split_candidates(M, cdiv(K, group_size), stages=(4, 3, 5, 2))
+    return found + [one for one in own if _is_possible(one, dtype, format)]
+
+
+def _hopper_tilings(
+    N: int, K: int, group_size: int, dtype: torch.dtype, format: str, device: torch.device
+) -> list[HopperTiling]:
+    if not is_hopper(device) or not weight_only_hopper.fits(N, K, group_size, dtype, format):
+        return []
+    return weight_only_hopper.tilings(dtype, "int" if format == "int" else "other")
+
+
+def _is_possible(tiling: Tiling, dtype: torch.dtype, format: str) -> bool:
+    """Tiles of fewer than four warps are for those whose codes are then unpacked in place."""
+    if tiling.num_warps < 4 and not _stays_in_place(format):
+        return False
+    return dtype.itemsize == 2 or tiling.block_m <= 32
+
+
+def _stays_in_place(format: str) -> bool:
+    """Whether one or two warps unpack in the threads that multiply. Tiles as narrow as a quarter of
+    a group Triton unpacks in others; so it does with a group of MXFP4: 344 instructions for each of
+    two warps, 118 for each of four."""
+    return _num_parts(format) < 4 and format != "mxfp4"
 
 
 def packed_tiling(
@@ -386,9 +450,7 @@ def packed_tiling(
     # two warps multiply by mma.sync, on Hopper too, which takes its weights by whole words: a third
     # fewer instructions than with wgmma at 8 tokens, as many at 32, a third more at 64
     few = tiling.block_m <= 16
-    # but tiles as narrow as a quarter of a group Triton then unpacks in other threads; so it does
-    # with a group of MXFP4: 344 instructions for each of two warps, 118 for each of four
-    two_warps = few and _num_parts(format) < 4 and format != "mxfp4"
+    two_warps = few and _stays_in_place(format)
     # what the shared memory of every GPU since sm_80 holds
     block_m = min(tiling.block_m, 128 if dtype.itemsize == 2 else 32)
     stages = 4 if few else 3 if block_m <= 64 else 2
@@ -414,10 +476,19 @@ def describe(
     """The path that a product of these sizes takes."""
     if device.type != "cuda":
         return "reference"
-    tiling = choose_tiling(M, N, layout.width, layout.group_size, dtype, device, format)
+    return path_of(choose_tiling(M, N, layout.width, layout.group_size, dtype, device, format))
+
+
+def path_of(tiling: Tiling | HopperTiling | Dense) -> str:
     if isinstance(tiling, HopperTiling):
         return weight_only_hopper.PATH
-    return PATH if tiling else DEQUANTIZE
+    return PATH if isinstance(tiling, Tiling) else DEQUANTIZE
+
+
+def forget_tilings() -> None:
+    """Looks tuned launches up anew from now on."""
+    tuning.forget()
+    choose_tiling.cache_clear()
 
 
 def least_group_size(format: str) -> int:
@@ -459,23 +530,25 @@ def launch(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    tiling: Tiling | HopperTiling | Dense | None = None,
     *,
     format: str = "int",
 ) -> Tensor:
-    """The arguments of `reference`, on a GPU."""
+    """The arguments of `reference`, on a GPU; `tiling` is for tuning."""
     x = x.to(dtype)
     num_groups, N, half_group = weight.shape
     M = x.numel() // x.shape[-1]
     if M == 0:
         return x.new_empty(*x.shape[:-1], N)
-    tiling = choose_tiling(M, N, x.shape[-1], 2 * half_group, dtype, x.device, format)
+    if tiling is None:
+        tiling = choose_tiling(M, N, x.shape[-1], 2 * half_group, dtype, x.device, format)
     if isinstance(tiling, HopperTiling):
         planes = weight, weight_scale, zero_point, high_bits
         if weight_only_hopper.is_aligned(*planes):
             return multiply_on_hopper(x, *planes, bias, residual, tiling, format=format)
         tiling = packed_tiling(M, N, num_groups, dtype, x.device, format)
     arguments = (x, weight, weight_scale, zero_point, high_bits, row_scale, bias, residual)
-    if tiling is None:
+    if isinstance(tiling, Dense):
         return multiply_dense(*arguments, format=format)
     return multiply_packed(*arguments, tiling, format=format)
 

@@ -15,7 +15,7 @@ from atom_compile.bench import Shape
 from atom_compile.bench.timing import Timing
 from atom_compile.cli import app
 from atom_compile.errors import OptionError
-from atom_compile.kernels import linear
+from atom_compile.kernels import linear, weight_only_linear
 
 TINY = Shape(name="tiny", hidden=128, intermediate=64, heads=1, kv_heads=1, head_dim=64)
 SIZES = 2 * 2  # three of the four linears have 128 rows and one group
@@ -26,13 +26,14 @@ def _nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What has more warps is said to be faster."""
 
     def measure(calls: list[Any], *_: Any) -> Timing:
-        tiling = calls[0].args[-1]
+        tiling = calls[0].args[0]
         return Timing(100.0 / tiling.num_warps, 0.0, "made up")
 
     monkeypatch.setattr(tuning, "measure", measure)
     monkeypatch.setattr(tuning, "copies_past_cache", lambda *_: 1)
     few = [linear.Tiling(32, 16, 1, num_warps=warps) for warps in (2, 8)]
     monkeypatch.setattr(linear, "candidates", lambda *_: few)
+    monkeypatch.setattr(weight_only_linear, "candidates", lambda *_: few)
 
 
 def run(folder: Path, **options: Any) -> list[tuning.Outcome]:
@@ -79,12 +80,26 @@ def test_tokens_are_powers_of_two(tmp_path: Path) -> None:
         next(tuning.tune([TINY], tokens=[1, 3], device="cpu", folder=tmp_path))
 
 
-@pytest.mark.parametrize(("scheme", "activations"), [("w4a16", "16-bit"), ("w6a8", "FP8")])
-def test_schemes_without_integer_activations_are_refused(
-    scheme: str, activations: str, tmp_path: Path
+def test_each_format_of_weights_beside_16_bit_activations_has_rows_of_its_own(
+    tmp_path: Path,
 ) -> None:
-    with pytest.raises(OptionError, match=f"{activations} activations there is no launch to tune"):
-        next(tuning.tune([TINY], scheme=scheme, device="cpu", folder=tmp_path))
+    run(tmp_path)
+    for scheme in ("w4a16", "w6a16"):
+        outcomes = run(tmp_path, scheme=scheme)
+        assert len(outcomes) == SIZES
+        assert all(outcome.rejected == 0 and outcome.candidates == 3 for outcome in outcomes)
+        assert run(tmp_path, scheme=scheme) == []
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert len(record["linear"]) == SIZES
+    formats = [row["format"] for row in record["weight_only_linear"]]
+    assert formats == ["e2m3"] * SIZES + ["int"] * SIZES
+    assert {row["tiling"]["num_warps"] for row in record["weight_only_linear"]} == {8}
+
+
+def test_fp8_activations_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="with FP8 activations there is no launch to tune"):
+        next(tuning.tune([TINY], scheme="w6a8", device="cpu", folder=tmp_path))
 
 
 def test_weights_of_other_formats_are_served_by_what_integers_were_tuned_for(

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from atom_compile.kernels import linear, tuning
+from atom_compile.kernels import linear, tuning, weight_only_hopper, weight_only_linear
+from atom_compile.kernels.linear_hopper import HopperTiling
 
 GPU = torch.device("cuda", 0)
 
@@ -29,8 +30,10 @@ def device_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     monkeypatch.setattr(tuning.path_for, "__defaults__", (tmp_path,))
     monkeypatch.setattr(linear, "multiprocessors", lambda _: 132)
     linear.forget_tilings()
+    weight_only_linear.forget_tilings()
     yield tuning.path_for(GPU)
     linear.forget_tilings()
+    weight_only_linear.forget_tilings()
 
 
 def _write(path: Path, *rows: dict[str, Any]) -> None:
@@ -79,6 +82,31 @@ def test_a_tiling_of_other_fields_is_no_tiling_of_this_version(device_file: Path
     assert chosen == linear.default_tiling(16, 6144, 31, 132)
 
 
+def test_a_weight_only_launch_takes_the_tiling_that_was_tuned_for_its_format(
+    device_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_only_linear, "is_hopper", lambda _: True)
+    monkeypatch.setattr(weight_only_linear, "multiprocessors", lambda _: 132)
+    size = {"format": "e2m3", "N": 6144, "num_groups": 32, "group_size": 128}
+    split = linear.Tiling(32, 16, 2, num_warps=1)
+    kernels: list[tuple[int, str, Any]] = [
+        (16, weight_only_linear.PATH, split),
+        (64, weight_only_hopper.PATH, HopperTiling(64, 1)),
+        (128, weight_only_linear.DEQUANTIZE, weight_only_linear.Dense()),
+    ]
+    rows = [{**size, "M": M, "path": path, "tiling": one._asdict()} for M, path, one in kernels]
+    device_file.write_text(json.dumps({"weight_only_linear": rows}))
+
+    def choose(M: int, dtype: torch.dtype, format: str) -> Any:
+        return weight_only_linear.choose_tiling(M, 6144, 4096, 128, dtype, GPU, format)
+
+    for M, path, tiling in kernels:
+        assert choose(M, torch.bfloat16, "e2m3") == tiling
+        assert weight_only_linear.path_of(tiling) == path
+    assert choose(16, torch.bfloat16, "int") != split
+    assert choose(16, torch.float32, "e2m3") != split
+
+
 @pytest.mark.usefixtures("device_file")
 def test_an_untuned_device_is_told_the_command_once() -> None:
     with pytest.warns(UserWarning, match="no tuned launches for NVIDIA H100.*atom-compile tune"):
@@ -89,7 +117,12 @@ def test_an_untuned_device_is_told_the_command_once() -> None:
         assert tuning.find(torch.device("cpu"), 2, 4096, 31, 128) is None
 
 
-def test_candidates_differ_and_fit_the_sizes() -> None:
+def test_candidates_differ_and_fit_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_only_linear, "is_hopper", lambda _: True)
+    for M, format in ((1, "int"), (16, "mxfp4"), (300, "e2m3")):
+        sizes = M, 4096, 4096, 128, torch.bfloat16, GPU, format
+        weight_only = weight_only_linear.candidates(*sizes)
+        assert len(weight_only) == len(set(weight_only)) > 8
     for M in (1, 16, 300, 8192):
         found = linear.candidates(M, 4096, 31)
         assert len(found) == len(set(found)) > 8
