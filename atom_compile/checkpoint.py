@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .content import content_hashes
+from .content import named_hashes
 from .errors import CheckpointError
 from .scheme import Scheme
 
@@ -44,14 +44,20 @@ class Contents:
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Tensor]) -> Contents:
-        layout = cls.without_hashes(dict(sorted(state_dict.items()))).tensors
-        hashes = content_hashes([state_dict[name] for name in layout])
-        return cls(
-            {
-                name: (*one[:2], hashed)
-                for (name, one), hashed in zip(layout.items(), hashes, strict=True)
-            }
-        )
+        return cls.arriving([state_dict])
+
+    @classmethod
+    def arriving(cls, batches: Iterable[Mapping[str, Tensor]]) -> Contents:
+        """Of tensors by name that come in batches, each of which is hashed when it comes."""
+        layout: dict[str, tuple[str, tuple[int, ...], str]] = {}
+
+        def noted() -> Iterator[Mapping[str, Tensor]]:
+            for batch in batches:
+                layout.update(cls.without_hashes(batch).tensors)
+                yield batch
+
+        hashes = named_hashes(noted())
+        return cls({name: (*layout[name][:2], hashes[name]) for name in sorted(layout)})
 
     @classmethod
     def without_hashes(cls, state_dict: Mapping[str, Tensor]) -> Contents:
@@ -94,9 +100,9 @@ class Contents:
             if not one.is_floating_point() and dtype != _dtype(one):
                 raise CheckpointError(f"{name} is {dtype} in the checkpoint, not {_dtype(one)}")
 
-    def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def check_tensors(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Raises CheckpointError unless each tensor is what was saved under its name."""
-        for name, loaded in Contents.of(tensors).tensors.items():
+        for name, loaded in Contents.arriving(batches).tensors.items():
             if loaded != self.tensors[name]:
                 raise CheckpointError(
                     f"{name} is not what was saved: the checkpoint is damaged. Copy or save it "

@@ -5,12 +5,14 @@ saved. No protection against forgery.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_Name = TypeVar("_Name")
 _COLUMNS = 1024
 _SMALL = 2**19  # words: up to 4 MiB are worth a copy for fewer launches
 _TOGETHER = 2**23  # words: 64 MiB, the copies at one time
@@ -28,26 +30,39 @@ def content_hash(tensor: Tensor) -> str:
 
 
 def content_hashes(tensors: Sequence[Tensor]) -> list[str]:
-    """`content_hash` of each. A GPU is waited for once, and small tensors of one size are hashed
-    together: of a packed model's, four of five.
+    """`content_hash` of each. A GPU is waited for once."""
+    hashes = named_hashes([dict(enumerate(tensors))])
+    return [hashes[number] for number in range(len(tensors))]
+
+
+def named_hashes(batches: Iterable[Mapping[_Name, Tensor]]) -> dict[_Name, str]:
+    """`content_hash` of each tensor, by its name.
+
+    A batch is hashed when it comes, and a GPU waited for after the last one. Small tensors of one
+    size in a batch are hashed together: of a packed model's, four of five.
     """
-    alike: dict[tuple[torch.device, int], list[int]] = defaultdict(list)
-    for number, tensor in enumerate(tensors):
-        alike[tensor.device, _num_words(tensor)].append(number)
-    numbers: dict[torch.device, list[int]] = defaultdict(list)
+    odd: dict[torch.device, Tensor] = {}
+    names: dict[torch.device, list[_Name]] = defaultdict(list)
     digests: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for (device, size), some in alike.items():
-        count = _TOGETHER // max(size, 1) if size <= _SMALL else 1
-        odd = _odd_numbers(max(_COLUMNS, size // _COLUMNS + 1), device)
-        for first in range(0, len(some), count):
-            together = some[first : first + count]
-            numbers[device] += together
-            digests[device].append(_digests([_words(tensors[one]) for one in together], odd))
-    hashes = [""] * len(tensors)
-    for device, of_device in numbers.items():
+    for batch in batches:
+        alike: dict[tuple[torch.device, int], list[_Name]] = defaultdict(list)
+        for name, tensor in batch.items():
+            alike[tensor.device, _num_words(tensor)].append(name)
+        for (device, size), some in alike.items():
+            count = _TOGETHER // max(size, 1) if size <= _SMALL else 1
+            factors = max(_COLUMNS, size // _COLUMNS + 1)
+            if device not in odd or len(odd[device]) < factors:
+                odd[device] = _odd_numbers(factors, device)
+            for first in range(0, len(some), count):
+                together = some[first : first + count]
+                words = [_words(batch[one]) for one in together]
+                names[device] += together
+                digests[device].append(_digests(words, odd[device]))
+    hashes = {}
+    for device, of_device in names.items():
         pairs = torch.cat(digests[device]).tolist()
-        for number, pair in zip(of_device, pairs, strict=True):
-            hashes[number] = "".join(f"{digest % 2**64:016x}" for digest in pair)
+        for name, pair in zip(of_device, pairs, strict=True):
+            hashes[name] = "".join(f"{digest % 2**64:016x}" for digest in pair)
     return hashes
 
 

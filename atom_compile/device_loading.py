@@ -106,13 +106,13 @@ def _is_packed(name: str, packed: set[str]) -> bool:
 
 
 class _Arriving(Mapping[str, Tensor]):
-    """Some of the tensors that are being read: to look at one waits for all."""
+    """Some of the tensors that are being read: to look at one takes memory for all."""
 
     def __init__(self, reading: DeviceFiles, names: Sequence[str]) -> None:
         self._reading, self._names = reading, names
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._reading.wait()[name]
+        return self._reading.tensors[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -18,8 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint import Contents, read_contents
 from .errors import CheckpointError, OptionError
-from .kernels.packing import AnyWeight, GroupedWeight
-from .kernels.storing import restore
+from .kernels.packing import GroupedWeight
 from .options import Options
 from .packer import (
     Places,
@@ -124,12 +123,12 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
             self._packer = None
         elif self._contents is not None:
             if config.reading is not None and self._awaited is not None:
-                read = config.reading.wait()
-                self._contents.check_tensors(read)
-                self._awaited.put(model, read)
+                self._awaited.put(model, config.reading.tensors)
+                self._contents.check_tensors(config.reading.arrive())
+                _convert(model, config.reading.tensors)
             else:
                 _check_loaded(model, self._contents, self._files)
-                _restore(model, config)
+            _restore(model, config)
             for group in config.linears or []:
                 _join_loaded(group, [model.get_submodule(name) for name in group], self._contents)
             self._contents = config.contents = config.reading = None
@@ -247,8 +246,9 @@ class _Packed(NamedTuple):
     like: QuantizedLinear
     input_format: InputFormat
 
-    def made_of(self, packed: AnyWeight, order: Tensor | None, like: Any) -> QuantizedLinear:
+    def made(self, like: Any) -> QuantizedLinear:
         """With the bias and the mode of the module `like`."""
+        packed, order = self.like.packed, self.like.order
         made = QuantizedLinear(packed, order, like.bias, self.input_format, self.like.named)
         return made.train(like.training)
 
@@ -278,7 +278,7 @@ def _hold_packed(model: nn.Module, config: AtomConfig) -> None:
     """Puts packed linears without data where config.json says that they are."""
     places = Places(model)
     for one in _find_packed(model, config):
-        packed = one.made_of(one.like.packed, one.like.order, one.linear)
+        packed = one.made(one.linear)
         if config.format_version > 1:
             packed.hold_stored()
         places.replace(one.linear, packed)
@@ -304,16 +304,24 @@ class _Awaited:
                 layouts[one.like] = _layout(one.like, stored=config.format_version > 1)
             self.tensors |= {f"{one.name}.{field}": t for field, t in layouts[one.like].items()}
 
-    def put(self, model: nn.Module, read: dict[str, Tensor]) -> None:
-        """Where they belong, each with its tensors, which leave `read`."""
+    def put(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        """Where they belong, each with its tensors as files have them, which leave `tensors`."""
         places = Places(model)
         for one, place in self._waiting:
-            kind = one.like.kind
-            own = {name: read.pop(f"{one.name}.{name}", None) for name in (*kind._fields, "order")}
-            order = own.pop("order")
-            packed = restore(kind(**own), one.input_format.layout, one.like.format)
-            order = None if order is None else order.to(torch.int32)
-            places.replace(place, one.made_of(packed, order, place))
+            linear = one.made(place)
+            for field in (*linear.kind._fields, "order"):
+                tensor = tensors.pop(f"{one.name}.{field}", None)
+                held = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+                linear._parameters[field] = held
+            places.replace(place, linear)
+
+
+def _convert(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Of tensors that transformers converted before they were read, what is read now."""
+    for name, tensor in tensors.items():
+        loaded = model.get_parameter_or_buffer(name).detach()
+        if loaded.data_ptr() != tensor.data_ptr():
+            loaded.copy_(tensor)
 
 
 def _layout(linear: QuantizedLinear, *, stored: bool) -> dict[str, Tensor]:
@@ -372,8 +380,8 @@ def _check_loaded(model: Any, contents: Contents, files: Sequence[str | Path]) -
         if not tensor.is_meta and str(tensor.dtype) == f"torch.{contents.dtype(name)}":
             as_saved[name] = tensor
         elif (tensor := _read(name, files)) is not None:
-            contents.check_tensors({name: tensor})
-    contents.check_tensors(as_saved)
+            contents.check_tensors([{name: tensor}])
+    contents.check_tensors([as_saved])
 
 
 def _read(name: str, files: Sequence[str | Path]) -> Tensor | None:
