@@ -90,15 +90,17 @@ class Contents:
         """
         _refuse_missing("the checkpoint lacks", expected.keys() - self.tensors.keys())
         _refuse_missing("the model does not know", self.tensors.keys() - expected.keys())
+        forms = {one: (_dtype(one), tuple(one.shape)) for one in set(expected.values())}
         for name, one in expected.items():
             dtype, shape, _ = self.tensors[name]
-            if tuple(shape) != tuple(one.shape):
+            wanted_dtype, wanted_shape = forms[one]
+            if tuple(shape) != wanted_shape:
                 raise CheckpointError(
-                    f"{name} is {tuple(shape)} in the checkpoint, and {tuple(one.shape)} by its "
+                    f"{name} is {tuple(shape)} in the checkpoint, and {wanted_shape} by its "
                     "config.json: the files are of another model, scheme or group size"
                 )
-            if not one.is_floating_point() and dtype != _dtype(one):
-                raise CheckpointError(f"{name} is {dtype} in the checkpoint, not {_dtype(one)}")
+            if dtype != wanted_dtype and not one.is_floating_point():
+                raise CheckpointError(f"{name} is {dtype} in the checkpoint, not {wanted_dtype}")
 
     def check_tensors(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
         """Raises CheckpointError unless each tensor is what was saved under its name."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from .progress import track
 
 _THREADS = 16
 _PIECE = 2**25  # bytes that a thread copies at a time
-_SMALL = 2**22  # bytes: smaller tensors are read with their neighbours
+_SMALL = 2**21  # bytes: smaller tensors are read with their neighbours
 _PATIENCE = 2.0  # seconds without a progress bar
 
 # safetensors' names (https://github.com/huggingface/safetensors, "Format")
@@ -45,8 +46,7 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class _Stored:
+class _Stored(NamedTuple):
     """A tensor as a header has it; start and stop are bytes of the file."""
 
     name: str
@@ -59,23 +59,29 @@ class _Stored:
 class DeviceFiles:
     """All tensors of safetensors files, read onto a device in the background.
 
-    Where the context is entered the device is made ready, which takes a quarter of a second if the
-    process has not used it yet; reading begins where `tensors` are first asked for. When the
-    context is left the threads have ended, whether or not all was read.
+    Where the context is entered the device is made ready, which takes a while if the process has
+    not used it yet; reading begins where `tensors` are first asked for. When the context is left
+    the threads have ended, whether or not all was read.
 
     Raises CheckpointError for a file that is missing, damaged or cut short, by its name.
     """
 
     def __init__(self, files: Sequence[Path], device: torch.device) -> None:
         self.files = list(files)
-        self._spans = [span for file in files for span in _spans(file)]
         self._device = device
+        self._spans: list[_Span] = []
+        self._mapped: list[mmap.mmap] = []
         self._copies: dict[Future[None], _Span] = {}
         self._tensors: dict[str, Tensor] | None = None
 
     @property
     def names(self) -> list[str]:
         return [one.name for span in self._spans for one in span.stored]
+
+    def begin(self) -> None:
+        """Begins to read if the device is ready; it is not waited for."""
+        if self._ready.done():
+            self.tensors  # noqa: B018
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -85,10 +91,11 @@ class DeviceFiles:
         """
         if self._tensors is None:
             self._ready.result()
-            targets = [span.allocate(self._device) for span in self._spans]
-            self._tensors = {name: t for span in self._spans for name, t in span.tensors.items()}
+            spans = sorted(self._spans, key=lambda one: len(one.stored) == 1)  # small ones first
+            targets = [span.allocate(self._device) for span in spans]
+            self._tensors = {name: t for span in spans for name, t in span.tensors.items()}
             streams = cycle(_streams(self._device))
-            for span, target in zip(self._spans, targets, strict=True):
+            for span, target in zip(spans, targets, strict=True):
                 pieces = target.split(_PIECE), span.source.split(_PIECE)
                 for there, here in zip(*pieces, strict=True):
                     copy = self._pool.submit(_copy, there, here, next(streams))
@@ -105,6 +112,8 @@ class DeviceFiles:
             span.copies -= 1
             if not span.copies:
                 yield span.take()
+        for mapped in self._mapped:  # gigabytes take a while
+            self._pool.submit(mapped.close)
 
     def wait(self) -> dict[str, Tensor]:
         """`tensors`, when all have arrived."""
@@ -124,14 +133,30 @@ class DeviceFiles:
         self._pool = ThreadPoolExecutor(_THREADS, "atom-read")
         in_use = self._device.type == "cuda" and torch.cuda.is_initialized()
         stream = torch.cuda.current_stream(self._device) if in_use else None
-        count = sum(span.source.nbytes for span in self._spans)
+        count = sum(file.stat().st_size for file in self.files if file.is_file())
         self._ready = self._pool.submit(_reserve, count, self._device, stream)
+        try:
+            for file in self.files:
+                self._map(file)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
+
+    def _map(self, file: Path) -> None:
+        stored = _read_header(file)
+        with file.open("rb") as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._mapped.append(mapped)
+        content = torch.frombuffer(mapped, dtype=torch.uint8)
+        self._spans += [_Span(some, content) for some in _neighbours(stored)]
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._copies.clear()
         self._spans.clear()
+        for mapped in self._mapped:
+            mapped.close()
 
     def __deepcopy__(self, memo: object) -> DeviceFiles:
         """There is one: transformers copies the configurations that it is handed over in."""
@@ -141,9 +166,9 @@ class DeviceFiles:
 class _Span:
     """Tensors that are read as one: a large one, or small ones that are neighbours in the file."""
 
-    def __init__(self, stored: Sequence[_Stored], mapped: Tensor) -> None:
+    def __init__(self, stored: Sequence[_Stored], content: Tensor) -> None:
         self.stored = stored
-        self.source = mapped[stored[0].start : stored[-1].stop]
+        self.source = content[stored[0].start : stored[-1].stop]
         self.tensors: dict[str, Tensor] = {}
         self.copies = 0  # that are under way
 
@@ -173,17 +198,17 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
-def _spans(file: Path) -> list[_Span]:
+def _neighbours(stored: Sequence[_Stored]) -> list[list[_Stored]]:
+    """Each large tensor, and the small ones between them, as they can be read at a time."""
     spans: list[list[_Stored]] = []
-    for one in _read_header(file):
+    for one in stored:
         last = spans[-1] if spans else [one]
         small = max(one.stop - one.start, last[-1].stop - last[-1].start) < _SMALL
         if spans and small and one.stop - last[0].start <= _PIECE:
             last.append(one)
         else:
             spans.append([one])
-    mapped = torch.from_file(str(file), size=file.stat().st_size, dtype=torch.uint8)
-    return [_Span(stored, mapped) for stored in spans]
+    return spans
 
 
 def _read_header(file: Path) -> list[_Stored]:

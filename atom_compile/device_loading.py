@@ -57,18 +57,20 @@ def load_onto(
     generation = path / "generation_config.json"
     if not files or (architecture.can_generate() and not generation.is_file()):
         return None
-    reading = DeviceFiles(files, device)
-    if sorted(reading.names) != sorted(recorded_names(files[0])):
-        return None  # from_pretrained knows other names of tensors, and says what is missing
-    packed = {name for group in config.quantization_config.get("linears") or [] for name in group}
-    plain = [name for name in reading.names if not _is_packed(name, packed)]
-    config.quantization_config = config.quantization_config | {"reading": reading}
-    with _uncollected(), reading:
+    with _uncollected(), DeviceFiles(files, device) as reading:
+        if sorted(reading.names) != sorted(recorded_names(files[0])):
+            return None  # from_pretrained knows other names of tensors, and says what is missing
+        written = config.quantization_config
+        packed = {name for group in written.get("linears") or [] for name in group}
+        plain = [name for name in reading.names if not _is_packed(name, packed)]
+        config.quantization_config = written | {"reading": reading}
+        generates = architecture.can_generate()
+        made = GenerationConfig.from_pretrained(path) if generates else None
         model = architecture.from_pretrained(
             None, config=config, state_dict=_Arriving(reading, plain), **kwargs
         )
-    if model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    if made is not None:
+        model.generation_config = made
     model.name_or_path = model.config.name_or_path = str(path)
     return model
 

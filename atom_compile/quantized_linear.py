@@ -132,8 +132,11 @@ class QuantizedLinear(nn.Module):
 
     def restore(self) -> None:
         """The reverse of `hold_stored`."""
-        for name, tensor in {**self.packed._asdict(), "order": self._int32_order()}.items():
-            self._parameters[name] = None if tensor is None else _parameter(tensor)
+        if is_stored(self._held()):
+            for name, tensor in self.packed._asdict().items():
+                self._parameters[name] = None if tensor is None else _parameter(tensor)
+        if (order := self._int32_order()) is not None:
+            self._parameters["order"] = _parameter(order)
 
     def _int32_order(self) -> Tensor | None:
         stored = self.order is not None and self.order.dtype != torch.int32

@@ -5,7 +5,8 @@ Importing this module registers the method `atom_compile` with transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +79,10 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                     "changed, or not written to its end"
                 )
             if config.reading is not None:
+                config.reading.begin()
                 self._files = config.reading.files
                 self._awaited = _Awaited(model, config)
+                config.reading.begin()
             else:
                 self._files = checkpoint_files or ()
                 _hold_packed(model, config)
@@ -89,7 +92,8 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._contents = self._read_contents(model)
             awaited = self._awaited.tensors if self._awaited else {}
             self._contents.check_layout(untied(model, model.state_dict()) | awaited)
-            _hold_dtypes(model, self._contents)
+            if self._awaited is None:
+                _hold_dtypes(model, self._contents)
 
     def _read_contents(self, model: Any) -> Contents:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -122,15 +126,21 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
             config.describe(model, self._packer.groups)
             self._packer = None
         elif self._contents is not None:
+            groups = config.linears or []
             if config.reading is not None and self._awaited is not None:
-                self._awaited.put(model, config.reading.tensors)
-                self._contents.check_tensors(config.reading.arrive())
-                _convert(model, config.reading.tensors)
+                tensors = config.reading.tensors
+                self._awaited.put(model, tensors)
+                arriving = self._awaited.join(
+                    model, groups, self._contents, config.reading.arrive()
+                )
+                self._contents.check_tensors(arriving)
+                _convert(model, tensors)
             else:
                 _check_loaded(model, self._contents, self._files)
-            _restore(model, config)
-            for group in config.linears or []:
-                _join_loaded(group, [model.get_submodule(name) for name in group], self._contents)
+                for group in groups:
+                    linears = [model.get_submodule(name) for name in group]
+                    _restore(linears)
+                    _join_loaded(group, linears, self._contents)
             self._contents = config.contents = config.reading = None
             self._awaited = None
         return model
@@ -315,6 +325,26 @@ class _Awaited:
                 linear._parameters[field] = held
             places.replace(place, linear)
 
+    def join(
+        self,
+        model: nn.Module,
+        groups: Sequence[Sequence[str]],
+        contents: Contents,
+        batches: Iterable[Mapping[str, Tensor]],
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """Passes on what arrives, and joins linears whose tensors have all been passed on."""
+        group_of = {name: group for group in groups for name in group}
+        missing = Counter(id(group_of[name.rpartition(".")[0]]) for name in self.tensors)
+        for batch in batches:
+            yield batch
+            for name in batch.keys() & self.tensors.keys():
+                group = group_of[name.rpartition(".")[0]]
+                missing[id(group)] -= 1
+                if not missing[id(group)]:
+                    linears: list[Any] = [model.get_submodule(one) for one in group]
+                    _restore(linears)
+                    _join_loaded(group, linears, contents)
+
 
 def _convert(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Of tensors that transformers converted before they were read, what is read now."""
@@ -393,9 +423,8 @@ def _read(name: str, files: Sequence[str | Path]) -> Tensor | None:
     return None  # transformers saved it under another name
 
 
-def _restore(model: nn.Module, config: AtomConfig) -> None:
-    for linear in (model.get_submodule(name) for group in config.linears or [] for name in group):
-        assert isinstance(linear, QuantizedLinear)
+def _restore(linears: Sequence[QuantizedLinear]) -> None:
+    for linear in linears:
         linear.requires_grad_(False)  # transformers loads what is floating-point as trainable
         if not linear.weight.is_meta:  # offloaded: it is restored whenever it is read
             linear.restore()

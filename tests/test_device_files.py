@@ -67,16 +67,23 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
+def read(*files: Path) -> None:
+    with DeviceFiles(files, CPU) as reading:
+        reading.wait()
+
+
 def test_damage_has_a_name(file: Path, tmp_path: Path) -> None:
+    before = threading.active_count()
     with pytest.raises(CheckpointError, match=r"absent.safetensors is missing"):
-        DeviceFiles([tmp_path / "absent.safetensors"], CPU)
+        read(file, tmp_path / "absent.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:-1000])
     with pytest.raises(CheckpointError, match=r"model.safetensors is damaged or cut short"):
-        DeviceFiles([file], CPU)
+        read(file)
     file.write_bytes(whole.replace(b'"I64"', b'"F4" '))
     with pytest.raises(CheckpointError):
-        DeviceFiles([file], CPU)
+        read(file)
+    assert threading.active_count() == before
 
 
 def test_left_early_its_threads_have_ended(file: Path) -> None:
