@@ -6,6 +6,7 @@ import copy
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -42,10 +43,19 @@ TENSORS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
-@given(TENSORS, TENSORS)
+LIMITS = st.fixed_dictionaries(
+    {
+        "_PIECE": st.integers(1, 300) | st.just(2**25),
+        "_SMALL": st.integers(0, 100) | st.just(2**21),
+        "_PATIENCE": st.sampled_from([0.0, 2.0]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(TENSORS, TENSORS, LIMITS)
 def test_it_reads_what_safetensors_reads(
-    tmp_path_factory: pytest.TempPathFactory, first: Any, second: Any
+    tmp_path_factory: pytest.TempPathFactory, first: Any, second: Any, limits: dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("files")
     wanted: dict[str, Tensor] = {}
@@ -53,12 +63,21 @@ def test_it_reads_what_safetensors_reads(
         held = random_tensors([one[0] for one in tensors], [one[1] for one in tensors])
         save_file({f"{name}{one}": tensor for one, tensor in held.items()}, folder / name)
         wanted |= load_file(folder / name)
-    with DeviceFiles([folder / "a", folder / "b"], CPU) as reading:
+    arrived: dict[str, Tensor] = {}
+    with (
+        mock.patch.multiple("atom_compile.device_files", **limits),
+        DeviceFiles([folder / "a", folder / "b"], CPU) as reading,
+    ):
         assert sorted(reading.names) == sorted(wanted)
-        read = reading.wait()
-        assert read is reading.wait()
-    assert read.keys() == wanted.keys()
-    assert all(same_bits(read[name], tensor) for name, tensor in wanted.items())
+        tensors = reading.tensors
+        for batch in reading.arrive():
+            assert not batch.keys() & arrived.keys()
+            assert all(same_bits(wanted[name], tensor) for name, tensor in batch.items())
+            arrived |= batch
+        assert tensors is reading.tensors is reading.wait()
+    assert tensors.keys() == arrived.keys() == wanted.keys()
+    assert all(tensors[name] is tensor for name, tensor in arrived.items())
+    assert all(one.untyped_storage().nbytes() == one.nbytes for one in tensors.values())
 
 
 @pytest.fixture
