@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from atom_compile import load, quantize, save
+from atom_compile import device_files, load, quantize, save
+from atom_compile.device_files import DeviceFiles
 from atom_compile.device_loading import find_device, load_onto
 from atom_compile.errors import CheckpointError
 from atom_compile.model_folder import load_model
@@ -140,10 +142,27 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def test_other_precisions(packed: Path) -> None:
-    wanted = load(packed, dtype=torch.float32)
-    got = load_fast(packed, dtype=torch.float32)
-    assert got.dtype == torch.float32
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_tensors_may_come_after_the_model(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any
+) -> None:
+    """Also where transformers converts them before they are there."""
+    waited_for = threading.Event()
+    copy, arrive = device_files._copy, DeviceFiles.arrive
+
+    def copy_late(*pieces: Any) -> None:
+        assert waited_for.wait(60)
+        copy(*pieces)
+
+    def wait_for_them(self: DeviceFiles) -> Any:
+        waited_for.set()
+        return arrive(self)
+
+    monkeypatch.setattr(device_files, "_copy", copy_late)
+    monkeypatch.setattr(DeviceFiles, "arrive", wait_for_them)
+    wanted, got = load(packed, dtype=dtype), load_fast(packed, dtype=dtype)
+    assert waited_for.is_set()
+    assert got.dtype == wanted.dtype
     assert got.model.layers[0].self_attn.q_proj.weight_scale.dtype == torch.bfloat16
     assert same_bits(got(token_batch()).logits, wanted(token_batch()).logits)
 
