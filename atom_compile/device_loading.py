@@ -1,8 +1,9 @@
 """Our own checkpoints, onto one GPU: read in the background while transformers builds the model.
 
 transformers takes the names of what it loads through regular expressions, a millisecond each, and
-a packed model has four times as many as one in 16 bits. It is given the plain ones alone, which
-have arrived by then; the quantizer puts the packed ones where they belong.
+a packed model has four times as many as one in 16 bits. It is given the plain ones alone, as memory
+that is still being filled; the quantizer puts the packed ones where they belong, waits for all, and
+converts what transformers converted too soon.
 """
 
 from __future__ import annotations
@@ -54,23 +55,22 @@ def load_onto(
     from transformers import GenerationConfig
 
     files = _find_files(path, config)
-    generation = path / "generation_config.json"
-    if not files or (architecture.can_generate() and not generation.is_file()):
+    generates = architecture.can_generate()
+    if not files or (generates and not (path / "generation_config.json").is_file()):
         return None
     with _uncollected(), DeviceFiles(files, device) as reading:
         if sorted(reading.names) != sorted(recorded_names(files[0])):
             return None  # from_pretrained knows other names of tensors, and says what is missing
+        generation = GenerationConfig.from_pretrained(path) if generates else None
         written = config.quantization_config
         packed = {name for group in written.get("linears") or [] for name in group}
         plain = [name for name in reading.names if not _is_packed(name, packed)]
         config.quantization_config = written | {"reading": reading}
-        generates = architecture.can_generate()
-        made = GenerationConfig.from_pretrained(path) if generates else None
         model = architecture.from_pretrained(
             None, config=config, state_dict=_Arriving(reading, plain), **kwargs
         )
-    if made is not None:
-        model.generation_config = made
+    if generation is not None:
+        model.generation_config = generation
     model.name_or_path = model.config.name_or_path = str(path)
     return model
 

@@ -42,7 +42,10 @@ def load_model(folder: Path, *, dequantize: bool = False, **options: Any) -> Any
         raise
     except (OSError, ValueError) as error:
         raise AtomError(f"transformers cannot load the model in {folder}: {error}") from error
-    return model.to("cuda" if on_gpu else "cpu").eval()
+    place = "cuda" if on_gpu else "cpu"
+    if model.device.type != place:  # looking at every tensor takes a packed model 10 ms
+        model = model.to(place)
+    return model.eval()
 
 
 def require_model(folder: Path) -> None:
