@@ -155,11 +155,11 @@ def recorded_names(file: str | Path) -> set[str]:
         return set()
 
 
-def open_file(file: str | Path, device: str = "cpu") -> Any:
+def open_file(file: str | Path) -> Any:
     """`safe_open`, which checks that the header covers the file; CheckpointError by its name."""
     name = Path(file).name
     try:
-        return safe_open(file, framework="pt", device=device)
+        return safe_open(file, framework="pt")
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing: the checkpoint is incomplete") from error
     except (SafetensorError, OSError) as error:

@@ -2,8 +2,8 @@
 
 A copy out of a mapping of a file to a GPU runs at 5 to 7 GB/s on an H200's host, and at 17 to 22
 GB/s if 16 threads do it. While a model is built beside them, each return of theirs to Python waits
-for the interpreter's lock, 5 ms as a rule: so they do nothing but copy, 32 MiB at a time, into
-memory that was taken before. Small tensors are read with their neighbours and parted on the GPU.
+for the interpreter's lock, some 5 ms: so they do nothing but copy, 32 MiB at a time, into memory
+that was taken before. Small tensors are read with their neighbours and parted on the GPU.
 """
 
 from __future__ import annotations
@@ -78,11 +78,6 @@ class DeviceFiles:
     def names(self) -> list[str]:
         return [one.name for span in self._spans for one in span.stored]
 
-    def begin(self) -> None:
-        """Begins to read if the device is ready; it is not waited for."""
-        if self._ready.done():
-            self.tensors  # noqa: B018
-
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All by name, each in memory of its own, which holds anything until they `arrive`.
@@ -90,18 +85,26 @@ class DeviceFiles:
         It is the same dictionary at each call: who takes a tensor out of it is its only holder.
         """
         if self._tensors is None:
-            self._ready.result()
-            spans = sorted(self._spans, key=lambda one: len(one.stored) == 1)  # small ones first
-            targets = [span.allocate(self._device) for span in spans]
-            self._tensors = {name: t for span in spans for name, t in span.tensors.items()}
-            streams = cycle(_streams(self._device))
-            for span, target in zip(spans, targets, strict=True):
-                pieces = target.split(_PIECE), span.source.split(_PIECE)
-                for there, here in zip(*pieces, strict=True):
-                    copy = self._pool.submit(_copy, there, here, next(streams))
-                    self._copies[copy] = span
-                    span.copies += 1
+            self._tensors = self._begin()
         return self._tensors
+
+    def begin_if_ready(self) -> None:
+        """Begins to read if the device need not be waited for."""
+        if self._tensors is None and self._ready.done():
+            self._tensors = self._begin()
+
+    def _begin(self) -> dict[str, Tensor]:
+        self._ready.result()
+        spans = sorted(self._spans, key=lambda one: len(one.stored) == 1)  # small ones first
+        targets = [span.allocate(self._device) for span in spans]
+        streams = cycle(_streams(self._device))
+        for span, target in zip(spans, targets, strict=True):
+            pieces = target.split(_PIECE), span.source.split(_PIECE)
+            for there, here in zip(*pieces, strict=True):
+                copy = self._pool.submit(_copy, there, here, next(streams))
+                self._copies[copy] = span
+                span.copies += 1
+        return {name: tensor for span in spans for name, tensor in span.tensors.items()}
 
     def arrive(self) -> Iterator[dict[str, Tensor]]:
         """Each tensor once, by its name, some at a time, as soon as they are read."""
@@ -213,7 +216,8 @@ def _neighbours(stored: Sequence[_Stored]) -> list[list[_Stored]]:
 
 def _read_header(file: Path) -> list[_Stored]:
     """In the order of the file, where each begins where the one before it ended."""
-    open_file(file)  # which checks that the header is sound and covers the file
+    with open_file(file):  # which checks that the header is sound and covers the file
+        pass
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))

@@ -79,10 +79,10 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                     "changed, or not written to its end"
                 )
             if config.reading is not None:
-                config.reading.begin()
+                config.reading.begin_if_ready()
                 self._files = config.reading.files
                 self._awaited = _Awaited(model, config)
-                config.reading.begin()
+                config.reading.begin_if_ready()
             else:
                 self._files = checkpoint_files or ()
                 _hold_packed(model, config)
