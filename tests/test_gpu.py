@@ -190,14 +190,15 @@ def test_gptq_on_the_gpu() -> None:
 
 
 @torch.no_grad()
-def test_a_packed_model_loads_onto_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_a_packed_model_loads_onto_it(tmp_path: Path, dtype: torch.dtype | str) -> None:
     pytest.importorskip("accelerate")
     model = tiny_llama().to(torch.bfloat16)
     atom_compile.quantize(model, progress=False)
     atom_compile.save(model, tmp_path, max_shard_size="200KB")
-    wanted = atom_compile.load(tmp_path).cuda()
+    wanted = atom_compile.load(tmp_path, dtype=dtype).cuda()
     with mock.patch("atom_compile.saving.load_onto", side_effect=load_onto) as past_transformers:
-        got = atom_compile.load(tmp_path, device_map="cuda")
+        got = atom_compile.load(tmp_path, device_map="cuda", dtype=dtype)
     assert past_transformers.called
     state = got.state_dict()
     assert all(torch.equal(state[name], one) for name, one in wanted.state_dict().items())
