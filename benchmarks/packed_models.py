@@ -10,7 +10,7 @@ save    models packed in place, saved, and loaded in a process of their own: byt
 hold    a model of random weights, made and packed linear by linear: the peak of memory, what is
         held afterwards, and tokens per second of one sequence
 load    seconds that from_pretrained takes in BF16 and atom_compile.load packed, each in processes
-        of its own; files are in the page cache
+        of its own, which have made the GPU ready; files are in the page cache
 start   seconds from the start of a process to its first token, the compile caches filled: packed
         with this backend, BF16 with Inductor
 
@@ -259,6 +259,9 @@ def in_processes(arguments: argparse.Namespace, folder: Path, part: str) -> dict
 
 def run_process(arguments: argparse.Namespace) -> None:
     """Loads a checkpoint and says how long it took; for `start` goes on to a first token."""
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")  # the first use takes half a second, whatever is loaded
+        torch.cuda.synchronize()
     before = time.perf_counter()
     model = load_model(arguments.folder, dtype="auto")
     if torch.cuda.is_available():

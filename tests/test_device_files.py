@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -105,9 +107,17 @@ def test_damage_has_a_name(file: Path, tmp_path: Path) -> None:
     assert threading.active_count() == before
 
 
+def test_a_file_that_is_cut_short_meanwhile_has_a_name(file: Path) -> None:
+    with DeviceFiles([file], CPU) as reading:
+        os.truncate(file, 1000)
+        with pytest.raises(CheckpointError, match=r"model.safetensors was cut short while"):
+            reading.wait()
+
+
 def test_left_early_its_threads_have_ended(file: Path) -> None:
-    before = threading.active_count()
+    before, interval = threading.active_count(), sys.getswitchinterval()
     with DeviceFiles([file], CPU) as reading:
         assert copy.deepcopy({"reading": reading})["reading"] is reading
         assert threading.active_count() > before
     assert threading.active_count() == before
+    assert sys.getswitchinterval() == interval

@@ -148,17 +148,17 @@ def test_tensors_may_come_after_the_model(
 ) -> None:
     """Also where transformers converts them before they are there."""
     waited_for = threading.Event()
-    copy, arrive = device_files._copy, DeviceFiles.arrive
+    read, arrive = device_files._read_bytes, DeviceFiles.arrive
 
-    def copy_late(*pieces: Any) -> None:
+    def read_late(*piece: Any) -> None:
         assert waited_for.wait(60)
-        copy(*pieces)
+        read(*piece)
 
     def wait_for_them(self: DeviceFiles) -> Any:
         waited_for.set()
         return arrive(self)
 
-    monkeypatch.setattr(device_files, "_copy", copy_late)
+    monkeypatch.setattr(device_files, "_read_bytes", read_late)
     monkeypatch.setattr(DeviceFiles, "arrive", wait_for_them)
     wanted, got = load(packed, dtype=dtype), load_fast(packed, dtype=dtype)
     assert waited_for.is_set()
