@@ -66,7 +66,7 @@ def test_other_sizes_have_the_default(device_file: Path, size: tuple[int, int, i
     assert tuning.find(GPU, 16, *size) is None
     N, num_groups, group_size = size
     chosen = linear.choose_tiling(16, N, num_groups, group_size, 128, GPU)
-    assert chosen == linear.default_tiling(16, N, num_groups, 132)
+    assert chosen == linear.fastest_tiling(16, N, num_groups, group_size, 128, GPU)
 
 
 def test_a_launch_takes_the_tuned_tiling(device_file: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_launch_takes_the_tuned_tiling(device_file: Path) -> None:
 def test_a_tiling_of_other_fields_is_no_tiling_of_this_version(device_file: Path) -> None:
     _write(device_file, row(16, tiling={"block": 64}))
     chosen = linear.choose_tiling(16, 6144, 31, 128, 128, GPU)
-    assert chosen == linear.default_tiling(16, 6144, 31, 132)
+    assert chosen == linear.fastest_tiling(16, 6144, 31, 128, 128, GPU)
 
 
 def test_a_weight_only_launch_takes_the_tiling_that_was_tuned_for_its_format(

@@ -324,6 +324,7 @@ def test_paths_by_tokens() -> None:
     assert operator.describe(1, 64, layout, torch.bfloat16, torch.device("cpu")) == "reference"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operator, "multiprocessors", lambda _: 132)
+        patch.setattr(operator.tuning, "find", lambda *_: None)
         for hopper in (False, True):
             patch.setattr(operator, "is_hopper", lambda _, hopper=hopper: hopper)
             operator.choose_tiling.cache_clear()
