@@ -1,9 +1,9 @@
 """Tensors of safetensors files, read onto a GPU in the background.
 
-Out of a mapping of a file to an H200, as safetensors copies, 16 threads reach 6.6 GB/s; by way of
-page-locked memory eight reach 26. Into memory that was taken before, some MiB at a time: small
-tensors are read with their neighbours and parted on the GPU. A model is built meanwhile, and a
-thread that returns to Python waits for the interpreter's lock; it asks for it at short intervals.
+Out of a mapping of a file, as safetensors copies, 16 threads reach 6.6 GB/s on an H200's host; by
+way of page-locked memory eight reach 26. They read some MiB at a time into memory that the model
+holds already; small tensors are read with their neighbours and parted on the GPU. The model is
+built meanwhile, and a thread that returns to Python waits for the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ _THREADS = 8
 _PIECE = 2**23  # bytes that a thread reads at a time
 _SMALL = 2**21  # bytes: smaller tensors are read with their neighbours
 _PATIENCE = 2.0  # seconds without a progress bar
-_SWITCH_SECONDS = (
-    2e-4  # after which a thread lets go of the interpreter's lock, if one waits for it
-)
+_SWITCH_SECONDS = 2e-4  # for which a thread keeps the interpreter's lock from others; else 5e-3
 
 # safetensors' names (https://github.com/huggingface/safetensors, "Format")
 _DTYPES = {
