@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atom_compile.kernels import weight_only_hopper
+from atom_compile.kernels import tuning, weight_only_hopper
 from atom_compile.kernels import weight_only_linear as operator
 from atom_compile.kernels.formats import BLOCK_FORMATS, E2M1, FORMATS
 from atom_compile.kernels.linear import Tiling
@@ -324,7 +324,7 @@ def test_paths_by_tokens() -> None:
     assert operator.describe(1, 64, layout, torch.bfloat16, torch.device("cpu")) == "reference"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operator, "multiprocessors", lambda _: 132)
-        patch.setattr(operator.tuning, "find", lambda *_: None)
+        patch.setattr(tuning, "find", lambda *_: None)
         for hopper in (False, True):
             patch.setattr(operator, "is_hopper", lambda _, hopper=hopper: hopper)
             operator.choose_tiling.cache_clear()
