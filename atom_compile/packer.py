@@ -195,14 +195,17 @@ def _reason_to_leave(name: str, module: nn.Module, shared: Mapping[str, str]) ->
 
 
 def _heads(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The linears that look like an output head; see `passes/linears.py`."""
+    """The output head that the model names, or the linears that look like one; see
+    `passes/linears.py`, which knows what is read on as well."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
+    if head is not None:
+        return (head,)
     tables = {one.weight.shape for one in model.modules() if isinstance(one, nn.Embedding)}
     linears = [one for one in model.modules() if is_linear(one)]
     of_tables = [one for one in linears if shape_of(one) in tables]
     last = [one for one in linears[-1:] if not tables and shape_of(one)[0] >= 8 * shape_of(one)[1]]
-    return (*of_tables, *last, *([] if head is None else [head]))
+    return (*of_tables, *last)
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:

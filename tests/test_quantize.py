@@ -190,6 +190,12 @@ def test_the_head_and_patterns() -> None:
     assert "lm_head" not in packed_names_of(tiny_llama())
 
 
+def test_a_linear_as_wide_as_the_vocabulary_is_no_head() -> None:
+    names = packed_names_of(tiny_llama(layers=1, intermediate=352, vocabulary=352))
+    assert {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")} <= names
+    assert "lm_head" not in names
+
+
 def packed_names_of(model: nn.Module) -> set[str]:
     quantize(model, progress=False)
     return packed_names(model)
