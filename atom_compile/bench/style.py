@@ -68,17 +68,22 @@ _IN_DARK = {
 }
 
 
-def new_figure(panels: int, columns: int = 4, width: float = 3.2) -> tuple[Figure, list[Any]]:
-    """A figure and the axes of so many panels, row by row."""
-    columns = min(columns, panels)
-    lines = -(-panels // columns)
-    size = max(width * columns, 6.4), _LINE_HEIGHT * lines + 1.3
+def new_figure(
+    panels: int, columns: int = 4, width: float = 3.2, tall_first: bool = False
+) -> tuple[Figure, list[Any]]:
+    """A figure and the axes of so many panels, row by row; the first is a column, if tall."""
+    tall = tall_first and panels > 1
+    columns = min(columns, panels) - tall
+    lines = -(-(panels - tall) // columns)
+    size = max(width * (columns + tall), 6.4), _LINE_HEIGHT * lines + 1.3
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for spare in axes[panels:]:
-        spare.set_visible(False)
-    return figure, axes[:panels]
+    grid = figure.add_gridspec(lines, columns + tall)
+    axes = [figure.add_subplot(grid[:, 0])] if tall else []
+    for number in range(panels - tall):
+        line, column = divmod(number, columns)
+        axes.append(figure.add_subplot(grid[line, column + tall]))
+    return figure, axes
 
 
 def finish(figure: Figure, caption: str) -> Figure:

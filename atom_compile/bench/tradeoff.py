@@ -78,7 +78,7 @@ def accuracy_figure(results: Sequence[Measured]) -> Figure | None:
             if any(row.scheme == speed.scheme and not _is_simulated(row) for row in rows):
                 panels.setdefault((speed.where, speed.what), []).append(speed)
     shown = dict(list(panels.items())[:_MOST_PANELS])
-    figure, axes = new_figure(1 + len(shown), columns=3, width=4.2)
+    figure, axes = new_figure(1 + len(shown), columns=3, width=4.2, tall_first=True)
     looks = _looks(rows)
     _draw_schemes(axes[0], rows, looks)
     for one, ((where, what), found) in zip(axes[1:], shown.items(), strict=True):
