@@ -105,6 +105,8 @@ class Product(NamedTuple):
         """residual: of the output's shape, or expanded to it; operands: x among them."""
         out = self.out.beside(x)
         if residual is not None:
-            residual = residual.expand(out.shape).contiguous()
+            if residual.shape != out.shape:  # to expand it takes the host 3 us
+                residual = residual.expand(out.shape)
+            residual = residual.contiguous()
         self.launch(*operands, bias, residual, out, *self.sharing.begin(x))
         return out
