@@ -72,7 +72,7 @@ def test_a_wrong_candidate_is_never_timed(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(linear, "launch", launch)
     outcomes = run(tmp_path)
     assert {outcome.rejected for outcome in outcomes} == {1}
-    assert {outcome.row["tiling"]["num_warps"] for outcome in outcomes} == {4}  # the default's
+    assert {outcome.row["tiling"]["num_warps"] for outcome in outcomes} == {2}  # the next best
 
 
 def test_tokens_are_powers_of_two(tmp_path: Path) -> None:
