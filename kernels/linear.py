@@ -409,7 +409,8 @@ def fastest_tiling(
         # measured of linear_kernel: 7 us, and 280 T multiplications a second
         if microseconds < 7 + M * N * num_groups * group_size / 280e6:
             return tiling
-    return with_fewer_warps(default_tiling(M, N, num_groups, processors), N)
+    split = default_tiling(M, N, num_groups, processors)
+    return split if two_level else with_fewer_warps(split, N)  # measured with group scales
 
 
 def with_fewer_warps(tiling: Tiling, N: int) -> Tiling:
