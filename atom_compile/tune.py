@@ -175,19 +175,17 @@ class _Linear:
         return launch(*inputs, tiling)
 
 
-class _WeightOnlyLinear:
+class _WeightOnlyLinear(_Linear):
     """`atom.weight_only_linear`, as it is tuned."""
 
     name = "weight_only_linear"
 
     def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+        super().__init__(setting)
         self._format = setting.scheme.weight_format
 
     def describe(self, size: Size) -> dict[str, Any]:
-        layout = self.setting.scheme.layout(size.K)
-        sizes = {"num_groups": layout.num_groups, "group_size": layout.group_size}
-        return {"format": self._format, "N": size.N, **sizes, "M": size.M}
+        return {"format": self._format, **super().describe(size)}
 
     def _sizes(self, size: Size) -> tuple[Any, ...]:
         group_size = self.setting.scheme.layout(size.K).group_size
@@ -220,7 +218,7 @@ class _WeightOnlyLinear:
 
 
 def _tune_size(
-    operator: _Linear | _WeightOnlyLinear,
+    operator: _Linear,
     size: Size,
     quick: bool,
     describe: Callable[[int, int], None],
@@ -254,7 +252,7 @@ def _tune_size(
 class _Contest:
     """The inputs of one size, in as many copies as exceed the L2, and what must come out."""
 
-    def __init__(self, operator: _Linear | _WeightOnlyLinear, size: Size) -> None:
+    def __init__(self, operator: _Linear, size: Size) -> None:
         self._operator, device = operator, operator.setting.device
         self._checked = checked_tokens(operator.setting, size.M)
         inputs = operator.inputs(size, 0)

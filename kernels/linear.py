@@ -410,10 +410,10 @@ def fastest_tiling(
         if microseconds < 7 + M * N * num_groups * group_size / 280e6:
             return tiling
     split = default_tiling(M, N, num_groups, processors)
-    return split if two_level else with_fewer_warps(split, N)  # measured with group scales
+    return split if two_level else _with_fewer_warps(split, N)  # measured with group scales
 
 
-def with_fewer_warps(tiling: Tiling, N: int) -> Tiling:
+def _with_fewer_warps(tiling: Tiling, N: int) -> Tiling:
     """As many rows for half or a quarter of the warps: 198 instructions for each of two where four
     have 145. On an H200 all of Llama-3's linears for 1 to 16 tokens are 3 to 8 % faster so, but for
     those with the most outputs.
@@ -425,6 +425,17 @@ def with_fewer_warps(tiling: Tiling, N: int) -> Tiling:
     return tiling
 
 
+def tuned_tiling(
+    tuned: tuning.Tuned, path: str, hopper_path: str, hopper: Sequence[HopperTiling]
+) -> Tiling | HopperTiling | None:
+    """What a row says, of the kernel of either path; None if this version cannot launch that."""
+    if tuned.path == path and set(tuned.tiling) == set(Tiling._fields):
+        return Tiling(**tuned.tiling)
+    if tuned.path == hopper_path:
+        return next((one for one in hopper if one._asdict() == tuned.tiling), None)
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_tiling(
     M: int, N: int, num_groups: int, group_size: int, outliers: int, device: torch.device,
@@ -432,12 +443,12 @@ def choose_tiling(
 ) -> Tiling | HopperTiling:  # fmt: skip
     """The tuned one, where there is one; for a weight of E2M1, what INT4 was tuned for."""
     tuned = None if two_level else tuning.find(device, M, N, num_groups, group_size)
-    if tuned and tuned.path == PATH and set(tuned.tiling) == set(Tiling._fields):
-        return Tiling(**tuned.tiling)
-    if tuned and tuned.path == linear_hopper.PATH:
-        known = [one for one in linear_hopper.tilings(two_level) if one._asdict() == tuned.tiling]
-        if known and linear_hopper.fits(device, N, group_size, outliers):
-            return known[0]
+    if tuned:
+        hopper = linear_hopper.tilings(two_level)
+        tiling = tuned_tiling(tuned, PATH, linear_hopper.PATH, hopper)
+        own = isinstance(tiling, Tiling)
+        if tiling and (own or linear_hopper.fits(device, N, group_size, outliers)):
+            return tiling
     return fastest_tiling(M, N, num_groups, group_size, outliers, device, two_level)
 
 

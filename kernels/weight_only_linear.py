@@ -51,7 +51,7 @@ from .devices import is_hopper, multiprocessors
 from .formats import BLOCK_FORMATS, element_format
 from .launching import Buffer, Launch, buffer, plan
 from .library import define
-from .linear import Tiling, split_tiles, store_tile, tile_in_band
+from .linear import Tiling, split_tiles, store_tile, tile_in_band, tuned_tiling
 from .linear_hopper import HopperTiling
 from .overlap import overlap
 from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight, rows_per_group
@@ -366,15 +366,12 @@ def choose_tiling(
     size = M, N, cdiv(K, group_size), group_size
     known = dtype.itemsize == 2
     tuned = tuning.find(device, *size, "weight_only_linear", format) if known else None
-    if tuned and tuned.path == PATH and set(tuned.tiling) == set(Tiling._fields):
-        return Tiling(**tuned.tiling)
     if tuned and tuned.path == DEQUANTIZE:
         return Dense()
-    if tuned and tuned.path == weight_only_hopper.PATH:
-        tilings = _hopper_tilings(N, K, group_size, dtype, format, device)
-        tilings = [one for one in tilings if one._asdict() == tuned.tiling]
-        if tilings:
-            return tilings[0]
+    if tuned:
+        hopper = _hopper_tilings(N, K, group_size, dtype, format, device)
+        if tiling := tuned_tiling(tuned, PATH, weight_only_hopper.PATH, hopper):
+            return tiling
     return fastest_tiling(M, N, K, group_size, dtype, device, format)
 
 
@@ -393,7 +390,7 @@ def fastest_tiling(
     if not is_hopper(device):
         return tiling if M <= _MOST_TOKENS else Dense()
     # by simple models of what each takes, with what was measured on an H100
-    kind = "int" if format == "int" else "other"
+    kind = _kind(format)
     weight_us = N * (K / _BYTES) * (_width(format) / 8)
     packed_us = 7 + max(weight_us, M * N * (K / _PRODUCTS[kind]))
     dense_us = 5 + weight_us + N * K * 2 / _BYTES + M * N * (K / _DENSE_PRODUCTS)
@@ -425,14 +422,19 @@ def _hopper_tilings(
 ) -> list[HopperTiling]:
     if not is_hopper(device) or not weight_only_hopper.fits(N, K, group_size, dtype, format):
         return []
-    return weight_only_hopper.tilings(dtype, "int" if format == "int" else "other")
+    return weight_only_hopper.tilings(dtype, _kind(format))
 
 
 def _is_possible(tiling: Tiling, dtype: torch.dtype, format: str) -> bool:
     """Tiles of fewer than four warps are for those whose codes are then unpacked in place."""
     if tiling.num_warps < 4 and not _stays_in_place(format):
         return False
-    return dtype.itemsize == 2 or tiling.block_m <= 32
+    return tiling.block_m <= _most_block_m(dtype)
+
+
+def _most_block_m(dtype: torch.dtype) -> int:
+    """Tokens that the shared memory of every GPU since sm_80 holds."""
+    return 128 if dtype.itemsize == 2 else 32
 
 
 def _stays_in_place(format: str) -> bool:
@@ -451,8 +453,7 @@ def packed_tiling(
     # fewer instructions than with wgmma at 8 tokens, as many at 32, a third more at 64
     few = tiling.block_m <= 16
     two_warps = few and _stays_in_place(format)
-    # what the shared memory of every GPU since sm_80 holds
-    block_m = min(tiling.block_m, 128 if dtype.itemsize == 2 else 32)
+    block_m = min(tiling.block_m, _most_block_m(dtype))
     stages = 4 if few else 3 if block_m <= 64 else 2
     shared_tiles = cdiv(N, 32) if tiling.split_k > 1 else 0
     if two_warps and block_m == 8 and format == "int" and shared_tiles <= Arrivals.MOST_TILES:
@@ -514,6 +515,11 @@ def _num_parts(format: str) -> int:
 
 def _width(format: str) -> int:
     return 4 if format == "int" else element_format(format).bits
+
+
+def _kind(format: str) -> str:
+    """Of whose times the models of a kernel's speed know: `_PRODUCTS`, `STEP_US`."""
+    return "int" if format == "int" else "other"
 
 
 def _scale_of(format: str) -> str:
