@@ -26,13 +26,7 @@ def content_hash(tensor: Tensor) -> str:
     It runs where the tensor is, as fast as that reads memory; a CRC takes a CPU several times as
     long, and a GPU's memory would have to be copied to it first.
     """
-    return content_hashes([tensor])[0]
-
-
-def content_hashes(tensors: Sequence[Tensor]) -> list[str]:
-    """`content_hash` of each. A GPU is waited for once."""
-    hashes = named_hashes([dict(enumerate(tensors))])
-    return [hashes[number] for number in range(len(tensors))]
+    return named_hashes([{"": tensor}])[""]
 
 
 def named_hashes(batches: Iterable[Mapping[_Name, Tensor]]) -> dict[_Name, str]:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atom_compile.content import content_hash, content_hashes, named_hashes
+from atom_compile.content import content_hash, named_hashes
 
 DTYPES = [torch.uint8, torch.int8, torch.int32, torch.bfloat16, torch.float32, torch.bool]
 
@@ -54,8 +54,9 @@ def test_files_carry_it() -> None:
 def test_many_at_once_have_their_own() -> None:
     sizes = [0, 1, 7, 8, 8192, 8192, 8191, 8193, 40000, 8, 40000, 1, 5_000_000, 5_000_000]
     tensors = [torch.randint(256, (size,), dtype=torch.uint8) for size in sizes]
-    assert content_hashes(tensors) == [content_hash(one) for one in tensors]
-    assert content_hashes([]) == []
+    together = dict(enumerate(tensors))
+    assert named_hashes([together]) == {name: content_hash(one) for name, one in together.items()}
+    assert named_hashes([{}]) == {}
     batches = [{0: tensors[0], 1: tensors[12]}, {}, {2: tensors[3], 3: tensors[13]}]
     hashes = named_hashes(batches)
     assert hashes == {name: content_hash(one) for some in batches for name, one in some.items()}
