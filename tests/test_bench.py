@@ -270,3 +270,27 @@ def _printed(result: Result) -> str:
 def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         bench.run(**arguments)
+
+
+def test_an_interrupted_benchmark_keeps_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_case, done = bench._run_case, 0
+
+    def interrupted(*arguments: Any, **named: Any) -> Row:
+        nonlocal done
+        if done == 3:
+            raise KeyboardInterrupt
+        done += 1
+        return run_case(*arguments, **named)
+
+    monkeypatch.setattr(bench, "_run_case", interrupted)
+    given: dict[str, Any] = {"tokens": [1], "level": "operators", "device": "cpu", "quick": True}
+    printed = io.StringIO()
+    console = Console(file=printed, width=100)
+    result = bench.run(TINY, **given, console=console)
+    assert len(result.rows) == 3
+    assert result.environment["interrupted"] is True
+    assert "interrupted" in printed.getvalue()
+    result.print(console)
+    done = 3
+    with pytest.raises(KeyboardInterrupt):  # there is nothing to keep
+        bench.run(TINY, **given)

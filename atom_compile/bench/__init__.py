@@ -72,7 +72,8 @@ def run(
     only: of the operators, these; "linears" are the four of them.
     peers: time other INT4, INT8 and FP8 products beside the linears; by default on a GPU.
 
-    Resets `torch.compile` in this process, so that nothing compiled before has a say.
+    Ctrl-C ends it with what has been measured by then, and the result's environment says so. Resets
+    `torch.compile` in this process, so that nothing compiled before has a say.
     """
     if level not in LEVELS:
         raise OptionError(unknown("level", level, (*LEVELS, "model", "overhead")))
@@ -98,11 +99,18 @@ def run(
     rows: list[Row] = []
     with torch.no_grad(), Progress(console=console, disable=console is None) as progress:
         task = progress.add_task("", total=sum(_count(one, level) for one in settings))
-        for one in settings:
-            for case in _cases(one, level):
-                progress.update(task, description=f"{case.op}, {case.M} tokens, {case.variant}")
-                rows.append(_run_case(case, one, seconds=0.01 if quick else 0.1))
-                progress.advance(task)
+        try:
+            for one in settings:
+                for case in _cases(one, level):
+                    progress.update(task, description=f"{case.op}, {case.M} tokens, {case.variant}")
+                    rows.append(_run_case(case, one, seconds=0.01 if quick else 0.1))
+                    progress.advance(task)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            environment["interrupted"] = True
+            if console is not None:
+                console.print("interrupted: this is what has been measured by then")
     return Result(environment, rows)
 
 
