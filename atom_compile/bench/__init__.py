@@ -106,12 +106,19 @@ def run(
                     rows.append(_run_case(case, one, seconds=0.01 if quick else 0.1))
                     progress.advance(task)
         except KeyboardInterrupt:
+            # variants are compared: those of the last operator and count may not all be there
+            last = rows[-1] if rows else None
+            rows = [row for row in rows if last and _group(row) != _group(last)]
             if not rows:
                 raise
             environment["interrupted"] = True
             if console is not None:
                 console.print("interrupted: this is what has been measured by then")
     return Result(environment, rows)
+
+
+def _group(row: Row) -> tuple[str, str, int]:
+    return row.model, row.op, row.M
 
 
 def _shapes(model: str | Shape | Sequence[str | Shape] | None, device: torch.device) -> list[Shape]:
