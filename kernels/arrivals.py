@@ -21,7 +21,7 @@ class Arrivals:
     on any stream, beside anything but its own graph: it gets counters that no other launch has.
     """
 
-    MOST_TILES = 544  # those of nearly two rounds of an H100, for two warpgroups each
+    MOST_TILES = 1056  # of two rounds of an H100, for four blocks of outputs each
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

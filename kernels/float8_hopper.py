@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import linear_hopper
 from .arrivals import Product
@@ -31,11 +32,10 @@ from .linear_hopper import (
     blocks_of_bytes,
     blocks_of_rows,
     count_segments,
-    gather_parts,
+    finish,
     per_tiling,
     segment,
     share_out,
-    store_rows,
     tile_at,
 )
 from .weight_values import placing_in_e4m3
@@ -175,14 +175,11 @@ def _multiply(
         scale = gl.load(scale_ptr + m, mask=m < M, other=0.0)[None, :]
         row_scale = gl.load(row_scale_ptr + n, mask=n < N, other=0.0)[:, None]
         acc = acc * GAP * (row_scale * scale)
-        complete = end - first == num_groups
-        if not complete:
-            acc, complete = gather_parts(
-                acc, partial_ptr, arrivals_ptr, tile - whole_tiles, first, end, num_groups,
-                tiles - whole_tiles, WARPGROUP,
-            )  # fmt: skip
-        if complete:
-            store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
+        finish(
+            acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
+            tile - whole_tiles, first, end, num_groups, tiles - whole_tiles, WARPGROUP, 2,
+            HAS_BIAS, HAS_RESIDUAL,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "whole_tiles"])
@@ -214,6 +211,8 @@ def float8_hopper_kernel(
     REGISTERS: gl.constexpr,
 ):
     """GAP: what the products' sums of placed codes are to be multiplied by."""
+    gdc_wait()
+    gdc_launch_dependents()
     codes_ring = gl.allocate_shared_memory(
         gl.float8e4nv, [STAGES, BLOCK_M, GROUP], codes_desc.layout
     )
@@ -306,5 +305,6 @@ def plan_product(
         STAGES=_STAGES[block_m],
         REGISTERS=ROLE_REGISTERS,
         num_warps=4,
+        launch_pdl=True,
     )
     return Product(buffer(*codes_shape[:-1], N, dtype=dtype), sharing, launch)

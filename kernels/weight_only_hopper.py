@@ -5,7 +5,7 @@ beside the packed weight in a ring's stage: two warpgroups turn their rows of th
 16-bit registers that wgmma reads while one warp loads ahead.
 
 Codes are exact in 16 bits, and a group's sum is scaled (SCALED_WEIGHT false), which takes registers
-of its own. A tile of two blocks has none left: there each weight is scaled before the product and
+of its own. The largest tile has none left: there each weight is scaled before the product and
 rounded to 16 bits, as dequantizing does, and all groups are added up by the tensor cores.
 """
 
@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import constexpr_function
 
 from . import linear_hopper
@@ -35,11 +36,10 @@ from .linear_hopper import (
     HopperTiling,
     blocks_of_rows,
     count_segments,
-    gather_parts,
+    finish,
     per_tiling,
     segment,
     share_out,
-    store_rows,
     tile_at,
 )
 from .packing import rows_per_group
@@ -215,30 +215,46 @@ def _rescaled(acc, sums, scale_ring, stage, ROW: gl.constexpr):
 @gluon.jit
 def _sum_groups(
     x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step, groups,
-    WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, EXPONENT_BITS: gl.constexpr,
-    MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr, STAGES: gl.constexpr,
+    WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
+    EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Each group's sum on its own, then scaled: (64, BLOCK_M) float32."""
+    """The sums over a segment's groups, each scaled, of one or two blocks of rows.
+
+    (64, BLOCK_M) float32 each.
+    """
     DTYPE: gl.constexpr = x_ring.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    ROW: gl.constexpr = 64 * WARPGROUP
-    acc = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
+    ROW: gl.constexpr = 64 * BLOCKS * WARPGROUP
+    upper = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
+    lower = upper
     nothing = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
     for _ in range(groups):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        x = x_ring.index(stage).permute((1, 0))
         weight = _operand(
             weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW, layout, DTYPE,
             EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, False,
         )  # fmt: skip
-        x = x_ring.index(stage).permute((1, 0))
-        sums = warpgroup_mma(weight, x, nothing, use_acc=False, is_async=True)
-        sums = warpgroup_mma_wait(0, deps=[sums])
-        acc = _rescaled(acc, sums, scale_ring, stage, ROW)
+        upper_sums = warpgroup_mma(weight, x, nothing, use_acc=False, is_async=True)
+        if BLOCKS == 2:
+            weight = _operand(
+                weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW + 64, layout,
+                DTYPE, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, False,
+            )  # fmt: skip
+            lower_sums = warpgroup_mma(weight, x, nothing, use_acc=False, is_async=True)
+            sums = warpgroup_mma_wait(1, deps=[upper_sums])
+            upper = _rescaled(upper, sums, scale_ring, stage, ROW)
+            sums = warpgroup_mma_wait(0, deps=[lower_sums])
+            lower = _rescaled(lower, sums, scale_ring, stage, ROW + 64)
+        else:
+            sums = warpgroup_mma_wait(0, deps=[upper_sums])
+            upper = _rescaled(upper, sums, scale_ring, stage, ROW)
         mbarrier.arrive(empty.index(stage), count=1)
         step += 1
-    return acc, step
+    return upper, lower, step
 
 
 @gluon.jit
@@ -274,6 +290,12 @@ def _sum_scaled(
     return upper, lower, step
 
 
+@constexpr_function
+def scales_weight(block_m, blocks):
+    """Whether tiles of this size leave no registers to scale sums."""
+    return block_m * blocks > 128
+
+
 @gluon.jit
 def _multiply(
     bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, x_ring, weight_ring,
@@ -295,7 +317,7 @@ def _multiply(
         tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N + 64 * BLOCKS * WARPGROUP
-        if BLOCKS == 2:
+        if scales_weight(BLOCK_M, BLOCKS):
             acc, lower, step = _sum_scaled(
                 x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step,
                 end - first, WARPGROUP, BLOCK_M, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
@@ -304,27 +326,26 @@ def _multiply(
             if EXPONENT_BITS > 0:
                 acc *= REST_OF_GAP
                 lower *= REST_OF_GAP
-            store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
-            store_rows(
-                lower, bias_ptr, residual_ptr, out_ptr, m0, n0 + 64, M, N, HAS_BIAS, HAS_RESIDUAL
-            )
         else:
-            acc, step = _sum_groups(
+            acc, lower, step = _sum_groups(
                 x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step,
-                end - first, WARPGROUP, BLOCK_M, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
-                STAGES,
+                end - first, WARPGROUP, BLOCK_M, BLOCKS, EXPONENT_BITS, MANTISSA_BITS,
+                HAS_ZERO_POINT, STAGES,
             )  # fmt: skip
             acc *= UNPLACED
-            complete = end - first == num_groups
-            if not complete:
-                acc, complete = gather_parts(
-                    acc, partial_ptr, arrivals_ptr, tile - whole_tiles, first, end, num_groups,
-                    tiles - whole_tiles, WARPGROUP,
-                )  # fmt: skip
-            if complete:
-                store_rows(
-                    acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL
-                )
+            if BLOCKS == 2:
+                lower *= UNPLACED
+        finish(
+            acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
+            tile - whole_tiles, first, end, num_groups, tiles - whole_tiles, BLOCKS * WARPGROUP,
+            2 * BLOCKS, HAS_BIAS, HAS_RESIDUAL,
+        )  # fmt: skip
+        if BLOCKS == 2:
+            finish(
+                lower, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0 + 64,
+                M, N, tile - whole_tiles, first, end, num_groups, tiles - whole_tiles,
+                BLOCKS * WARPGROUP + 1, 2 * BLOCKS, HAS_BIAS, HAS_RESIDUAL,
+            )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "whole_tiles"])
@@ -356,6 +377,8 @@ def weight_only_hopper_kernel(
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
+    gdc_wait()
+    gdc_launch_dependents()
     BLOCK_N: gl.constexpr = 128 * BLOCKS
     HAS_HIGH_BITS: gl.constexpr = HIGH_BYTES > 0
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -413,9 +436,13 @@ _RING_BYTES = 205 * 1024  # of shared memory, beside what a store takes
 _MOST_STAGES = 10
 # microseconds that a tile's step of one group takes, measured on an H100
 STEP_US = {
-    "int": per_tiling({(32, 1): 0.47, (64, 1): 0.58, (128, 1): 0.87, (128, 2): 1.5}),
-    "other": per_tiling({(32, 1): 0.63, (64, 1): 0.75, (128, 1): 0.95, (128, 2): 1.6}),
-}
+    "int": per_tiling({
+        (32, 1): 0.47, (32, 2): 0.85, (64, 1): 0.58, (64, 2): 1.05, (128, 1): 0.87, (128, 2): 1.5,
+    }),
+    "other": per_tiling({
+        (32, 1): 0.63, (32, 2): 1.2, (64, 1): 0.75, (64, 2): 1.3, (128, 1): 0.95, (128, 2): 1.6,
+    }),
+}  # fmt: skip
 
 
 def fits(N: int, K: int, group_size: int, dtype: torch.dtype, format: str) -> bool:
@@ -436,7 +463,7 @@ def is_aligned(
 def tilings(dtype: torch.dtype, kind: str) -> list[HopperTiling]:
     """kind: as in STEP_US."""
     wide_enough = dtype == torch.bfloat16  # for a weight that is scaled
-    return [one for one in STEP_US[kind] if one.blocks == 1 or wide_enough]
+    return [one for one in STEP_US[kind] if wide_enough or not scales_weight(*one)]
 
 
 def best_tiling(
@@ -492,5 +519,6 @@ def plan_product(
         STAGES=min(_RING_BYTES // stage_bytes, _MOST_STAGES),
         REGISTERS=ROLE_REGISTERS,
         num_warps=4,
+        launch_pdl=True,
     )
     return Product(buffer(*x_shape[:-1], N, dtype=dtype), sharing, launch)

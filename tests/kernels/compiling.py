@@ -251,7 +251,7 @@ def compile_weight_only_on_hopper(dtype: torch.dtype, K: int, format: str) -> No
     planes = packing.pack_grouped(torch.randn(N, K), layout, 4, 1.0, format != "int", format)[:4]
     x, residual = torch.zeros(300, K, dtype=dtype), torch.zeros(300, N, dtype=dtype)
     for tiling in weight_only_hopper.STEP_US["int"]:
-        if tiling.blocks == 1 or dtype == torch.bfloat16:
+        if tiling in weight_only_hopper.tilings(dtype, "int"):
             extras = residual[0], residual, tiling
             weight_only_linear.multiply_on_hopper(x, *planes, *extras, format=format)
 

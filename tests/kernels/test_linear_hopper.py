@@ -106,13 +106,15 @@ def test_shared_tiles_give_the_same_bits_every_time(block_m: int) -> None:
 def test_what_is_shared_is_no_more_than_two_rounds(tiles: int) -> None:
     whole = whole_tiles(64, 128 * tiles, 223, HopperTiling(64, 1), 0.41, 132)
     assert whole == tiles or (whole % 132 == 0 and 0 < tiles - whole < 264)
-    assert whole_tiles(64, 256 * tiles, 223, HopperTiling(64, 2), 0.57, 132) == tiles
+    assert whole_tiles(128, 256 * tiles, 223, HopperTiling(128, 2), 0.83, 132) == tiles
 
 
-def test_what_exceeds_the_l2_is_not_shared() -> None:
-    tiling, tiles = HopperTiling(128, 1), 8 * 64
-    assert whole_tiles(1024, 8192, 64, tiling, 2.0, 132) < tiles
-    assert whole_tiles(1024, 8192, 224, tiling, 2.0, 132) == tiles
+def test_what_takes_longer_to_read_than_to_multiply_is_not_shared() -> None:
+    M, N, tiling, tiles = 1024, 6400, HopperTiling(128, 1), 8 * 50
+    assert whole_tiles(M, N, 224, tiling, 0.52, 132) == tiles
+    assert whole_tiles(M, N, 224, tiling, 2.0, 132) < tiles
+    assert whole_tiles(M, N, 64, tiling, 0.52, 132) < tiles  # all of it is in the L2
+    assert whole_tiles(64, 8192, 223, HopperTiling(64, 1), 0.41, 132) == 0  # nothing is read again
 
 
 @pytest.mark.gpu

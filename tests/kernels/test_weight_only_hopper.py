@@ -15,7 +15,7 @@ from .test_weight_only_linear import Arguments, arguments, assert_alike, referen
 
 SIZES = [(5, 528, 1000), (300, 4096, 1408)]  # whole tiles, and tiles that programs share
 TILINGS = list(weight_only_hopper.STEP_US["int"])
-OF_FLOAT16 = [tiling for tiling in TILINGS if tiling.blocks == 1]
+OF_FLOAT16 = weight_only_hopper.tilings(torch.float16, "int")
 
 
 def agrees(args: Arguments, tiling: HopperTiling, format: str) -> None:
@@ -24,8 +24,8 @@ def agrees(args: Arguments, tiling: HopperTiling, format: str) -> None:
     assert named.pop("row_scale") is None
     with poisoned_memory():
         got = operator.multiply_on_hopper(**named, tiling=tiling, format=format)
-    # a tile of two blocks rounds what it scales
-    rounding = 2**-8 if tiling.blocks == 2 else 0.0
+    # the largest tile rounds what it scales
+    rounding = 2**-8 if weight_only_hopper.scales_weight(*tiling) else 0.0
     assert_alike(got, reference(moved, format).cpu(), rounding)
 
 
@@ -93,5 +93,6 @@ def test_what_it_does_not_fit() -> None:
 
 @pytest.mark.parametrize("kind", ["int", "other"])
 def test_float16_weights_are_not_scaled(kind: str) -> None:
-    for dtype, blocks in ((torch.bfloat16, 2), (torch.float16, 1)):
-        assert weight_only_hopper.best_tiling(8192, 28672, 32, dtype, kind, 132)[0].blocks == blocks
+    for dtype in (torch.bfloat16, torch.float16):
+        best, _ = weight_only_hopper.best_tiling(8192, 28672, 32, dtype, kind, 132)
+        assert weight_only_hopper.scales_weight(*best) == (dtype == torch.bfloat16)
