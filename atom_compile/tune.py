@@ -34,7 +34,7 @@ from .scheme import Scheme
 
 DEFAULT_MODELS = ("llama3-8b", "llama3-70b")
 DEFAULT_TOKENS = tuple(1 << power for power in range(14))
-_QUICK_CANDIDATES = 24
+_QUICK_CANDIDATES = 48
 _FINALISTS = 4  # measured again, for longer
 _SECONDS, _FINAL_SECONDS = 0.005, 0.05
 _WORTH_IT = 0.98  # of the default's time: less gain than this is noise

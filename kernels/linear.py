@@ -165,13 +165,14 @@ def store_tile(
         last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == splits - 1
         if last:
             acc = tl.zeros(acc.shape, dtype=tl.float32)
-            for other in range(splits):
-                acc += tl.load(
-                    partial_sums + tl.cast(other, tl.int64) * M * N,
-                    mask=live,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
+            for first in range(0, splits, 8):  # eight loads are on their way at once
+                for other in tl.static_range(8):
+                    acc += tl.load(
+                        partial_sums + tl.cast(first + other, tl.int64) * M * N,
+                        mask=live & (first + other < splits),
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
             tl.store(arrivals_ptr + tile, 0)  # for the next launch
     if last:
         if HAS_BIAS:
@@ -376,7 +377,7 @@ def split_candidates(M: int, num_groups: int, stages: Sequence[int] = (3, 4, 2, 
     few = block_m <= 16
     if few:
         # (block_n, num_warps): a warp that has more rows has fewer instructions for each of them
-        cuts = [(64, 4), (64, 2), (32, 1), (64, 1), (128, 4), (32, 2), (128, 8), (256, 8), (32, 4)]
+        cuts = [(64, 2), (32, 2), (64, 4), (32, 1), (128, 4), (64, 1), (128, 8), (32, 4), (256, 8)]
         splits = [1, 2, 3, 4, 6, 8, 12, 16]
     else:
         cuts = [(64, 4), (128, 4), (32, 4), (256, 4), (128, 8), (64, 8), (256, 8), (32, 8)]

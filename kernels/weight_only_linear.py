@@ -46,7 +46,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import linear, tuning, weight_only_hopper
-from .arrivals import Arrivals, Product
+from .arrivals import Product
 from .devices import is_hopper, multiprocessors
 from .formats import BLOCK_FORMATS, element_format
 from .launching import Buffer, Launch, buffer, plan
@@ -413,7 +413,7 @@ def candidates(
     found: list[Tiling | HopperTiling | Dense] = [one for one in hopper if one.block_m <= 4 * M]
     if M > _FEW_TOKENS:
         found.append(Dense())
-    own = linear.split_candidates(M, cdiv(K, group_size), stages=(4, 3, 5, 2))
+    own = linear.split_candidates(M, cdiv(K, group_size), stages=(3, 4, 5, 2))
     return found + [one for one in own if _is_possible(one, dtype, format)]
 
 
@@ -449,16 +449,13 @@ def packed_tiling(
 ) -> Tiling:
     """How `weight_only_kernel` cuts the product."""
     tiling = linear.default_tiling(M, N, num_groups, multiprocessors(device))
-    # two warps multiply by mma.sync, on Hopper too, which takes its weights by whole words: a third
-    # fewer instructions than with wgmma at 8 tokens, as many at 32, a third more at 64
-    few = tiling.block_m <= 16
-    two_warps = few and _stays_in_place(format)
+    if tiling.block_m <= 16 and _stays_in_place(format):
+        # two warps multiply by mma.sync, on Hopper too, which takes its weights by whole words: a
+        # third fewer instructions than with wgmma at 8 tokens, as many at 32, a third more at 64
+        block_n = 32 if tiling.block_m == 8 else 64
+        return Tiling(block_n, tiling.block_m, tiling.split_k, 2, 3)
     block_m = min(tiling.block_m, _most_block_m(dtype))
-    stages = 4 if few else 3 if block_m <= 64 else 2
-    shared_tiles = cdiv(N, 32) if tiling.split_k > 1 else 0
-    if two_warps and block_m == 8 and format == "int" and shared_tiles <= Arrivals.MOST_TILES:
-        return Tiling(32, block_m, tiling.split_k, 1, stages)  # no barrier: 3 to 7 % faster
-    return Tiling(64, block_m, tiling.split_k, 2 if two_warps else 4, stages)
+    return Tiling(64, block_m, tiling.split_k, 4, 3 if block_m <= 64 else 2)
 
 
 def _pack(device: torch.device, tiling: Tiling) -> int:
