@@ -165,14 +165,13 @@ def store_tile(
         last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == splits - 1
         if last:
             acc = tl.zeros(acc.shape, dtype=tl.float32)
-            for first in range(0, splits, 8):  # eight loads are on their way at once
-                for other in tl.static_range(8):
-                    acc += tl.load(
-                        partial_sums + tl.cast(first + other, tl.int64) * M * N,
-                        mask=live & (first + other < splits),
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
+            for other in range(splits):
+                acc += tl.load(
+                    partial_sums + tl.cast(other, tl.int64) * M * N,
+                    mask=live,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
             tl.store(arrivals_ptr + tile, 0)  # for the next launch
     if last:
         if HAS_BIAS:

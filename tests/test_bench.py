@@ -94,7 +94,7 @@ def test_bytes_are_those_of_the_packed_weight() -> None:
 
 def test_linears_in_float8() -> None:
     result = bench.run(
-        TINY, tokens=[1, 5], scheme="w6a8", device="cpu", level="operators", only=["down_proj"],
+        TINY, tokens=[1, 5], scheme="w6a8", device="cpu", only=["down_proj"],
         quick=True,
     )  # fmt: skip
     assert result.failures == []

@@ -69,7 +69,7 @@ def run(
     level: "operators", "layer" or "all", these two, at each number of `tokens`. Or "attention", or
         one part of it, "decode", "prefill" or "append": over KV caches of 4, 8 and 16 bits, with
         each `batch` of sequences (prefill: with one) and each `length` that is cached.
-    only: of the operators, these; "linears" are the four of them.
+    only: of the operators, these, and no layer; "linears" are the four of them.
     peers: time other INT4, INT8 and FP8 products beside the linears; by default on a GPU.
 
     Ctrl-C ends it with what has been measured by then, and the result's environment says so. Resets
@@ -80,6 +80,8 @@ def run(
     for name in only:
         if name not in GROUPS:
             raise OptionError(unknown("operator", name, GROUPS))
+    if only and level == "all":
+        level = "operators"
     setting = _setting(tokens, scheme, device, quick)
     setting = replace(
         setting,
