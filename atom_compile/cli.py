@@ -656,7 +656,7 @@ def tune(
         bool, typer.Option("--again", help="Measure sizes that the file has once more.")
     ] = False,
 ) -> None:
-    """Find the fastest launches of the INT4 linear on this GPU, size by size.
+    """Find the fastest launches of the linears on this GPU, size by size.
 
     May be interrupted, and goes on where it was.
     """

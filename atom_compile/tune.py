@@ -1,6 +1,7 @@
 """`atom-compile tune`: measures which launch of a linear's product is fastest for which sizes.
 
-It is that of `atom.linear` or, with 16-bit activations, of `atom.weight_only_linear`.
+It is that of `atom.linear`, with 16-bit activations of `atom.weight_only_linear`, or with FP8 ones
+of `atom.float8_linear`.
 
 Results go to `kernels/tuned/<device>.json` (kernels/tuning.py says what is in it) after every size,
 so that tuning may be interrupted and goes on where it was. Every candidate is compared with the
@@ -28,8 +29,16 @@ from .bench.shapes import Shape, find_device, find_shape
 from .bench.timing import copies_past_cache, measure
 from .errors import AtomError, OptionError
 from .files import write_text
-from .kernels import linear, linear_hopper, quantize, tuning, weight_only_linear
-from .kernels.packing import pack_grouped, pack_weight
+from .kernels import (
+    float8_linear,
+    linear,
+    linear_hopper,
+    quantize,
+    quantize_e4m3,
+    tuning,
+    weight_only_linear,
+)
+from .kernels.packing import pack_grouped, pack_rows, pack_weight
 from .scheme import Scheme
 
 DEFAULT_MODELS = ("llama3-8b", "llama3-70b")
@@ -37,6 +46,8 @@ DEFAULT_TOKENS = tuple(1 << power for power in range(14))
 _QUICK_CANDIDATES = 48
 _FINALISTS = 4  # measured again, for longer
 _SECONDS, _FINAL_SECONDS = 0.005, 0.05
+_NAMES = {"int": "INT4", "e2m3": "E2M3"}  # of weights whose launches serve other formats
+_SCHEMES = {"int": "one of integers, such as 'w4a4'", "e2m3": "'w6a8'"}
 _WORTH_IT = 0.98  # of the default's time: less gain than this is noise
 
 
@@ -80,15 +91,11 @@ def tune(
         if count < 1 or count & (count - 1):
             raise OptionError(f"tokens is {list(tokens)}; every number must be a power of two")
     scheme = Scheme.of(scheme)
-    if scheme.activation_format == "e4m3":
+    tuned = "e2m3" if scheme.activation_format == "e4m3" else "int"
+    if (scheme.sorts_channels or tuned == "e2m3") and scheme.weight_format != tuned:
         raise OptionError(
-            "with FP8 activations there is no launch to tune: scheme must be one of 16-bit "
-            "activations or of integers, such as 'w4a16' or 'w4a4'"
-        )
-    if scheme.sorts_channels and scheme.weight_format != "int":
-        raise OptionError(
-            f"launches are tuned for INT4 weights and serve {scheme.weight_format} as well: scheme "
-            "must be one of integers, such as 'w4a4'"
+            f"launches are tuned for weights of {_NAMES[tuned]} and serve {scheme.weight_format} "
+            f"as well: scheme must be {_SCHEMES[tuned]}"
         )
     place = find_device(device)
     setting = Setting(
@@ -101,7 +108,7 @@ def tune(
     shapes = [one if isinstance(one, Shape) else find_shape(one) for one in models]
     weights = [size for shape in shapes for size in shape.linears.values()]
     path = tuning.path_for(place, folder)
-    operator = (_Linear if scheme.sorts_channels else _WeightOnlyLinear)(setting)
+    operator = _operator(setting)
     rows_of = tuning.read_rows(path)
     rows = {_key(row): row for row in rows_of[operator.name]}
     sizes = [Size(M, N, K) for M in setting.tokens for N, K in weights]
@@ -116,8 +123,8 @@ def tune(
             _write(path, rows_of | {operator.name: list(rows.values())}, setting)
             progress.advance(task)
             yield outcome
-    linear.forget_tilings()
-    weight_only_linear.forget_tilings()
+    for kernel in (linear, weight_only_linear, float8_linear):
+        kernel.forget_tilings()
 
 
 def _describe(progress: Progress, task: Any, size: Size, done: int, candidates: int) -> None:
@@ -153,7 +160,7 @@ class _Linear:
         M, N, K = size
         return linear.candidates(M, N, self.setting.scheme.layout(K).num_groups)
 
-    def path_of(self, tiling: Any) -> str:
+    def path_of(self, tiling: Any, size: Size) -> str:
         return linear.path_of(tiling)
 
     def inputs(self, size: Size, index: int) -> tuple[Any, ...]:
@@ -197,7 +204,7 @@ class _WeightOnlyLinear(_Linear):
     def candidates(self, size: Size) -> Sequence[Candidate]:
         return weight_only_linear.candidates(*self._sizes(size))
 
-    def path_of(self, tiling: Any) -> str:
+    def path_of(self, tiling: Any, size: Size) -> str:
         return weight_only_linear.path_of(tiling)
 
     def inputs(self, size: Size, index: int) -> tuple[Any, ...]:
@@ -215,6 +222,49 @@ class _WeightOnlyLinear(_Linear):
     def launch(self, tiling: Any, *inputs: Any) -> Tensor:
         launch: Callable[..., Tensor] = weight_only_linear.launch
         return launch(*inputs, tiling, format=self._format)
+
+
+class _Float8Linear(_Linear):
+    """`atom.float8_linear`, as it is tuned."""
+
+    name = "float8_linear"
+
+    def default(self, size: Size) -> Candidate:
+        M, N, K = size
+        num_groups = self.setting.scheme.layout(K).num_groups
+        setting = self.setting
+        return float8_linear.fastest_tiling(M, N, K, num_groups, setting.dtype, setting.device)
+
+    def candidates(self, size: Size) -> Sequence[Candidate]:
+        M, N, K = size
+        num_groups = self.setting.scheme.layout(K).num_groups
+        return float8_linear.candidates(M, N, K, num_groups, self.setting.device)
+
+    def path_of(self, tiling: Any, size: Size) -> str:
+        setting = self.setting
+        return float8_linear.path_of(tiling, size.N, size.K, setting.dtype, setting.device)
+
+    def inputs(self, size: Size, index: int) -> tuple[Any, ...]:
+        M, N, K = size
+        codes, scale = quantize_e4m3.reference(self.setting.draw(index).normal(M, K))
+        weight = self.setting.weight_draw(index).normal(N, K)
+        packed = pack_rows(weight, self.setting.scheme.layout(K), self.setting.scheme.weight_format)
+        return codes, scale, *packed, None, None, self.setting.dtype
+
+    def reference(self, tokens: Tensor, codes: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+        format = self.setting.scheme.weight_format
+        return float8_linear.reference(codes[tokens], scale[tokens], *rest, format=format)
+
+    def launch(self, tiling: Any, *inputs: Any) -> Tensor:
+        launch: Callable[..., Tensor] = float8_linear.launch
+        return launch(*inputs, tiling, format=self.setting.scheme.weight_format)
+
+
+def _operator(setting: Setting) -> _Linear:
+    if setting.scheme.sorts_channels:
+        return _Linear(setting)
+    in_float8 = setting.scheme.activation_format == "e4m3"
+    return (_Float8Linear if in_float8 else _WeightOnlyLinear)(setting)
 
 
 def _tune_size(
@@ -241,7 +291,7 @@ def _tune_size(
         best = default
     row = {
         **operator.describe(size),
-        "path": operator.path_of(best),
+        "path": operator.path_of(best, size),
         "tiling": best._asdict(),
         "us": round(final[best], 2),
         "default_us": round(final[default], 2),

@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import float8_hopper, linear, weight_only_linear
+from . import float8_hopper, linear, tuning, weight_only_linear
 from .devices import multiplies_e4m3, multiprocessors
 from .formats import FORMATS
 from .library import define
-from .linear import Tiling
+from .linear import Tiling, tuned_tiling
 from .linear_hopper import HopperTiling
 from .packing import GroupLayout, RowWeight, dequantize_weight, rows_per_group
+from .weight_only_linear import Dense
 
 GROUP_SIZE = 128
 """Channels that lie together in the planes; see packing.py."""
@@ -93,14 +94,30 @@ _MANY_TOKENS = 2048  # so many that unpacking first, at cuBLAS's rate, is faster
 @functools.lru_cache(maxsize=4096)
 def choose_tiling(
     M: int, N: int, K: int, num_groups: int, dtype: torch.dtype, device: torch.device
-) -> Tiling | HopperTiling | None:
-    """How the product is cut, and by that which kernel's; None where unpacking should be faster."""
+) -> Tiling | HopperTiling | Dense:
+    """The tuned one, where there is one, and by that which kernel's; for a weight of E3M2, what
+    E2M3 was tuned for."""
+    known = dtype.itemsize == 2
+    tuned = tuning.find(device, M, N, num_groups, GROUP_SIZE, "float8_linear") if known else None
+    if tuned and tuned.path in (SCALED, DEQUANTIZE):
+        return Dense()
+    if tuned:
+        hopper = _hopper_tilings(N, K, device)
+        if tiling := tuned_tiling(tuned, _own_path(device), HOPPER, hopper):
+            return tiling
+    return fastest_tiling(M, N, K, num_groups, dtype, device)
+
+
+def fastest_tiling(
+    M: int, N: int, K: int, num_groups: int, dtype: torch.dtype, device: torch.device
+) -> Tiling | HopperTiling | Dense:
+    """For sizes that nobody tuned; Dense where unpacking the weight first should be faster."""
     if M >= _MANY_TOKENS and _can_scale(N, K, dtype, device):
-        return None
+        return Dense()
     if M > _FEW_TOKENS and float8_hopper.fits(device, N, K):
         return float8_hopper.best_tiling(M, N, num_groups, multiprocessors(device))
     if M > _MOST_TOKENS:
-        return None
+        return Dense()
     if not multiplies_e4m3(device):
         return weight_only_linear.packed_tiling(M, N, num_groups, torch.float16, device, "e2m3")
     tiling = linear.default_tiling(M, N, num_groups, multiprocessors(device))
@@ -110,16 +127,49 @@ def choose_tiling(
     )
 
 
+def candidates(
+    M: int, N: int, K: int, num_groups: int, device: torch.device
+) -> list[Tiling | HopperTiling | Dense]:
+    """What tuning measures, the likeliest first."""
+    found: list[Tiling | HopperTiling | Dense] = [
+        one for one in _hopper_tilings(N, K, device) if one.block_m <= 4 * M
+    ]
+    if M > _FEW_TOKENS:
+        found.append(Dense())
+    own = linear.split_candidates(M, num_groups, stages=(4, 3, 5, 2))
+    return found + [one for one in own if one.num_warps >= 4]
+
+
+def _hopper_tilings(N: int, K: int, device: torch.device) -> list[HopperTiling]:
+    return list(float8_hopper.STEP_US) if float8_hopper.fits(device, N, K) else []
+
+
+def _own_path(device: torch.device) -> str:
+    return PATH if multiplies_e4m3(device) else IN_16_BITS
+
+
 def describe(M: int, N: int, layout: GroupLayout, dtype: torch.dtype, device: torch.device) -> str:
     """The path that a product of these sizes takes."""
     if device.type != "cuda":
         return "reference"
     tiling = choose_tiling(M, N, layout.width, layout.num_groups, dtype, device)
+    return path_of(tiling, N, layout.width, dtype, device)
+
+
+def path_of(
+    tiling: Tiling | HopperTiling | Dense, N: int, K: int, dtype: torch.dtype, device: torch.device
+) -> str:
     if isinstance(tiling, HopperTiling):
         return HOPPER
-    if tiling is None:
-        return SCALED if _can_scale(N, layout.width, dtype, device) else DEQUANTIZE
-    return PATH if multiplies_e4m3(device) else IN_16_BITS
+    if isinstance(tiling, Tiling):
+        return _own_path(device)
+    return SCALED if _can_scale(N, K, dtype, device) else DEQUANTIZE
+
+
+def forget_tilings() -> None:
+    """Looks tuned launches up anew from now on."""
+    tuning.forget()
+    choose_tiling.cache_clear()
 
 
 def _can_scale(N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -136,21 +186,23 @@ def launch(
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    tiling: Tiling | HopperTiling | Dense | None = None,
     *,
     format: str,
 ) -> Tensor:
-    """The arguments of `reference`, on a GPU."""
+    """The arguments of `reference`, on a GPU; `tiling` is for tuning."""
     num_groups, N, _ = weight.shape
     K, device = codes.shape[-1], codes.device
     M = codes.numel() // K
     if M == 0:
         return codes.new_empty(*codes.shape[:-1], N, dtype=dtype)
-    tiling = choose_tiling(M, N, K, num_groups, dtype, device)
+    if tiling is None:
+        tiling = choose_tiling(M, N, K, num_groups, dtype, device)
     packed = RowWeight(weight, high_bits, row_scale)
     arguments = codes, scale, packed, bias, residual, dtype
     if isinstance(tiling, HopperTiling):
         return multiply_on_hopper(*arguments, tiling, format=format)
-    if tiling is not None:
+    if isinstance(tiling, Tiling):
         return multiply_packed(*arguments, tiling, format=format)
     if _can_scale(N, K, dtype, device):
         return multiply_scaled(*arguments, format=format)

@@ -2,7 +2,8 @@
 
     "linear": [{"N": 6144, "num_groups": 31, "group_size": 128, "M": 16, "path": "triton int8",
                 "tiling": {"block_n": 64, ...}, "us": 9.1, "default_us": 10.3}, ...],
-    "weight_only_linear": [{"format": "e2m3", "N": 6144, "num_groups": 32, ...}, ...]
+    "weight_only_linear": [{"format": "e2m3", "N": 6144, "num_groups": 32, ...}, ...],
+    "float8_linear": [{"N": 6144, "num_groups": 32, ...}, ...]
 
 A row serves M/2 + 1 .. M tokens; `M` is a power of two. `atom-compile tune` writes the file. What
 is not in it gets the operator's default, at once.
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 FOLDER = Path(__file__).parent / "tuned"
-OPERATORS = "linear", "weight_only_linear"
+OPERATORS = "linear", "weight_only_linear", "float8_linear"
 _ENOUGH_TOKENS = 1024  # to fill a device: more of them are launched as these are
 
 Row = dict[str, Any]
@@ -77,7 +78,8 @@ forget = _rows_by_size.cache_clear
 
 
 def format_of(row: Row) -> str:
-    """Of the weight, as the operators call it; what was tuned for INT4 serves E2M1 in `linear`."""
+    """Of the weight, as the operators call it, where each has its own: what was tuned for INT4
+    serves E2M1 in `linear`, and E2M3 E3M2 in `float8_linear`."""
     return str(row.get("format", "int"))
 
 

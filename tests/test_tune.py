@@ -15,7 +15,7 @@ from atom_compile.bench import Shape
 from atom_compile.bench.timing import Timing
 from atom_compile.cli import app
 from atom_compile.errors import OptionError
-from atom_compile.kernels import linear, weight_only_linear
+from atom_compile.kernels import float8_linear, linear, weight_only_linear
 
 TINY = Shape(name="tiny", hidden=128, intermediate=64, heads=1, kv_heads=1, head_dim=64)
 SIZES = 2 * 2  # three of the four linears have 128 rows and one group
@@ -32,8 +32,8 @@ def _nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "measure", measure)
     monkeypatch.setattr(tuning, "copies_past_cache", lambda *_: 1)
     few = [linear.Tiling(32, 16, 1, num_warps=warps) for warps in (2, 8)]
-    monkeypatch.setattr(linear, "candidates", lambda *_: few)
-    monkeypatch.setattr(weight_only_linear, "candidates", lambda *_: few)
+    for operator in (linear, weight_only_linear, float8_linear):
+        monkeypatch.setattr(operator, "candidates", lambda *_: few)
 
 
 def run(folder: Path, **options: Any) -> list[tuning.Outcome]:
@@ -97,16 +97,29 @@ def test_each_format_of_weights_beside_16_bit_activations_has_rows_of_its_own(
     assert {row["tiling"]["num_warps"] for row in record["weight_only_linear"]} == {8}
 
 
-def test_fp8_activations_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="with FP8 activations there is no launch to tune"):
-        next(tuning.tune([TINY], scheme="w6a8", device="cpu", folder=tmp_path))
+def test_fp8_activations_have_rows_of_their_own(tmp_path: Path) -> None:
+    outcomes = run(tmp_path, scheme="w6a8")
+    assert len(outcomes) == SIZES
+    assert all(outcome.rejected == 0 and outcome.candidates == 3 for outcome in outcomes)
+    assert run(tmp_path, scheme="w6a8") == []
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert set(record) == {"environment", "float8_linear"}
+    assert {row["path"] for row in record["float8_linear"]} == {float8_linear.IN_16_BITS}
 
 
-def test_weights_of_other_formats_are_served_by_what_integers_were_tuned_for(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ("w4a4-fp4", "INT4 and serve e2m1 as well: scheme must be one of integers, such as 'w4a4'"),
+        ("w6a8-e3m2", "E2M3 and serve e3m2 as well: scheme must be 'w6a8'"),
+    ],
+)
+def test_formats_that_are_served_by_what_others_were_tuned_for(
+    tmp_path: Path, scheme: str, said: str
 ) -> None:
-    with pytest.raises(OptionError, match="INT4 weights and serve e2m1 as well"):
-        next(tuning.tune([TINY], scheme="w4a4-fp4", device="cpu", folder=tmp_path))
+    with pytest.raises(OptionError, match=said):
+        next(tuning.tune([TINY], scheme=scheme, device="cpu", folder=tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

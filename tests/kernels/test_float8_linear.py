@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-from atom_compile.kernels import float8_hopper, weight_only_linear
+from atom_compile.kernels import float8_hopper, tuning, weight_only_linear
 from atom_compile.kernels import float8_linear as operator
 from atom_compile.kernels.devices import is_hopper, multiplies_e4m3
 from atom_compile.kernels.float_linear import float_linear
@@ -264,6 +264,7 @@ def test_paths_by_tokens_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu == "reference"
     for module in (operator, weight_only_linear):
         monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(tuning, "find", lambda *_: None)
     operator.choose_tiling.cache_clear()
     monkeypatch.setattr(operator, "multiplies_e4m3", lambda _: True)
     monkeypatch.setattr(float8_hopper, "is_hopper", lambda _: True)

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from atom_compile.kernels import linear, tuning, weight_only_hopper, weight_only_linear
+from atom_compile.kernels import (
+    float8_hopper,
+    float8_linear,
+    linear,
+    tuning,
+    weight_only_hopper,
+    weight_only_linear,
+)
 from atom_compile.kernels.linear_hopper import HopperTiling
 
 GPU = torch.device("cuda", 0)
@@ -28,12 +35,13 @@ def device_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     """Of a device that this machine need not have; nothing in it yet."""
     monkeypatch.setattr(tuning, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(tuning.path_for, "__defaults__", (tmp_path,))
-    monkeypatch.setattr(linear, "multiprocessors", lambda _: 132)
-    linear.forget_tilings()
-    weight_only_linear.forget_tilings()
+    operators = linear, weight_only_linear, float8_linear
+    for operator in operators:
+        monkeypatch.setattr(operator, "multiprocessors", lambda _: 132)
+        operator.forget_tilings()
     yield tuning.path_for(GPU)
-    linear.forget_tilings()
-    weight_only_linear.forget_tilings()
+    for operator in operators:
+        operator.forget_tilings()
 
 
 def _write(path: Path, *rows: dict[str, Any]) -> None:
@@ -86,7 +94,6 @@ def test_a_weight_only_launch_takes_the_tiling_that_was_tuned_for_its_format(
     device_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weight_only_linear, "is_hopper", lambda _: True)
-    monkeypatch.setattr(weight_only_linear, "multiprocessors", lambda _: 132)
     size = {"format": "e2m3", "N": 6144, "num_groups": 32, "group_size": 128}
     split = linear.Tiling(32, 16, 2, num_warps=1)
     kernels: list[tuple[int, str, Any]] = [
@@ -107,6 +114,35 @@ def test_a_weight_only_launch_takes_the_tiling_that_was_tuned_for_its_format(
     assert choose(16, torch.float32, "e2m3") != split
 
 
+@pytest.fixture
+def _in_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Hopper GPU that need not be there."""
+    monkeypatch.setattr(float8_linear, "multiplies_e4m3", lambda _: True)
+    monkeypatch.setattr(float8_hopper, "is_hopper", lambda _: True)
+
+
+@pytest.mark.usefixtures("_in_float8")
+def test_a_launch_in_float8_takes_the_tuned_tiling(device_file: Path) -> None:
+    size = {"N": 6144, "num_groups": 32, "group_size": 128}
+    split = linear.Tiling(32, 16, 2, num_warps=4)
+    kernels: list[tuple[int, str, Any]] = [
+        (16, float8_linear.PATH, split),
+        (64, float8_linear.HOPPER, HopperTiling(16, 1)),
+        (128, float8_linear.SCALED, weight_only_linear.Dense()),
+    ]
+    rows = [{**size, "M": M, "path": path, "tiling": one._asdict()} for M, path, one in kernels]
+    device_file.write_text(json.dumps({"float8_linear": rows}))
+
+    def choose(M: int, dtype: torch.dtype) -> Any:
+        return float8_linear.choose_tiling(M, 6144, 4096, 32, dtype, GPU)
+
+    for M, path, tiling in kernels:
+        assert choose(M, torch.bfloat16) == tiling
+        assert float8_linear.path_of(tiling, 6144, 4096, torch.bfloat16, GPU) == path
+        default = float8_linear.fastest_tiling(M, 6144, 4096, 32, torch.float32, GPU)
+        assert choose(M, torch.float32) == default != tiling
+
+
 @pytest.mark.usefixtures("device_file")
 def test_an_untuned_device_is_told_the_command_once() -> None:
     with pytest.warns(UserWarning, match="no tuned launches for NVIDIA H100.*atom-compile tune"):
@@ -117,12 +153,16 @@ def test_an_untuned_device_is_told_the_command_once() -> None:
         assert tuning.find(torch.device("cpu"), 2, 4096, 31, 128) is None
 
 
+@pytest.mark.usefixtures("_in_float8")
 def test_candidates_differ_and_fit_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_only_linear, "is_hopper", lambda _: True)
     for M, format in ((1, "int"), (16, "mxfp4"), (300, "e2m3")):
         sizes = M, 4096, 4096, 128, torch.bfloat16, GPU, format
         weight_only = weight_only_linear.candidates(*sizes)
         assert len(weight_only) == len(set(weight_only)) > 8
+    for M in (1, 16, 300):
+        in_float8 = float8_linear.candidates(M, 4096, 4096, 32, GPU)
+        assert len(in_float8) == len(set(in_float8)) > 8
     for M in (1, 16, 300, 8192):
         found = linear.candidates(M, 4096, 31)
         assert len(found) == len(set(found)) > 8
