@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from .int4_models import load_int4
 from .transformers_config import METHOD
 from .transformers_quantizer import AtomQuantizer
 
+# those of from_pretrained's options that say where a repository's files come from
+_OF_THE_SOURCE = "cache_dir", "force_download", "local_files_only", "revision", "token"
+
 
 def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
     """A packed model that `save`, or `save_pretrained`, wrote: as `from_pretrained` loads it.
@@ -23,16 +27,17 @@ def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
 
     Onto one GPU our own are read by device_files.py, sooner than transformers reads them.
 
-    path: a directory, or, of our own models, a repository's name. dequantize: load another's model
-    in 16 bits instead, to calibrate it and quantize it anew. kwargs: `from_pretrained`'s own, such
-    as device_map.
+    path: a directory, or a repository's name. dequantize: load another's model in 16 bits instead,
+    to calibrate it and quantize it anew. kwargs: `from_pretrained`'s own, such as device_map.
 
     Raises CheckpointError for anything else, by name; see docs/loading-errors.md.
     """
     import transformers  # of which the package's own import needs only some modules
 
+    source = {name: kwargs[name] for name in _OF_THE_SOURCE if name in kwargs}
+    others = {name: kwargs[name] for name in kwargs.keys() - source.keys()}
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, **source)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} holds no model of transformers: {error}") from error
     quantized = getattr(config, "quantization_config", None) or {}
@@ -50,13 +55,30 @@ def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
     if architecture is None:
         raise CheckpointError(f"{path} is a {config.architectures}, which transformers lacks")
     if method in METHODS:
-        return load_int4(architecture, config, Path(path), dequantize=dequantize, **kwargs)
-    if Path(path).is_dir() and (device := find_device(kwargs)) is not None:
-        kwargs["device_map"] = {"": device}  # by its number: each thread has a current one
-        model = load_onto(device, architecture, config, Path(path), **kwargs)
-        if model is not None:
+        folder = _find_folder(path, source)
+        return load_int4(architecture, config, folder, dequantize=dequantize, **others)
+    if (device := find_device(others)) is not None:
+        others["device_map"] = {"": device}  # by its number: each thread has a current one
+        folder = _find_folder(path, source)
+        if (model := load_onto(device, architecture, config, folder, **others)) is not None:
             return model
-    return architecture.from_pretrained(path, **kwargs)
+    return architecture.from_pretrained(path, **source, **others)
+
+
+def _find_folder(path: str | Path, source: Mapping[str, Any]) -> Path:
+    """The directory itself, or the one that a repository's files are fetched to."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.json", "*.safetensors"]
+    try:
+        fetched = snapshot_download(
+            str(path), allow_patterns=kinds, ignore_patterns=["*/*"], **source
+        )
+        return Path(fetched)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be fetched: {error}") from error
 
 
 def save(model: Any, path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from atom_compile import calibrate, load, quantize, save
 from atom_compile.errors import CheckpointError, OptionError
@@ -195,6 +202,35 @@ def test_it_compiles(tmp_path: Path) -> None:
     model = load(tmp_path)
     model.compile(backend="atom")
     torch.testing.assert_close(logits(model), logits(want), rtol=1e-4, atol=1e-5)
+
+
+def test_it_loads_by_a_repository_name(tmp_path: Path) -> None:
+    """From the hub's cache, which needs no network."""
+    repository = tmp_path / "models--some--model"
+    folder = repository / "snapshots" / "1"
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1")
+    want = write(folder, "gptq", 64)
+    source: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True}
+    model = load("some/model", **source)
+    torch.testing.assert_close(logits(model), logits(want), rtol=1e-4, atol=1e-5)
+    save(model, tmp_path / "ours")
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "ours", folder)
+    assert torch.equal(logits(load("some/model", **source)), logits(model))
+    with pytest.raises(CheckpointError, match="some/model holds no model of transformers"):
+        load("some/model", revision="other", **source)
+
+
+def test_a_repository_that_cannot_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "gptq", 64)
+    config = AutoConfig.from_pretrained(tmp_path)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: config)
+    with pytest.raises(CheckpointError, match="some/model cannot be fetched"):
+        load("some/model", cache_dir=tmp_path, local_files_only=True)
 
 
 def test_other_orders_stay_apart(tmp_path: Path) -> None:
