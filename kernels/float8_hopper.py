@@ -211,7 +211,7 @@ def float8_hopper_kernel(
     REGISTERS: gl.constexpr,
 ):
     """GAP: what the products' sums of placed codes are to be multiplied by."""
-    gdc_wait()
+    gdc_wait()  # overlap.py
     gdc_launch_dependents()
     codes_ring = gl.allocate_shared_memory(
         gl.float8e4nv, [STAGES, BLOCK_M, GROUP], codes_desc.layout

@@ -574,7 +574,7 @@ def linear_hopper_kernel(
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    gdc_wait()
+    gdc_wait()  # overlap.py
     gdc_launch_dependents()
     BLOCK_N: gl.constexpr = 128 * BLOCKS
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -698,8 +698,8 @@ def whole_tiles(
 ) -> int:
     """How many tiles are computed by one program each; the programs share out the others.
 
-    Those of the last two rounds, one of them half-empty, if that saves more than it costs; the
-    largest tiles, whose partial sums would take as much memory as registers, never.
+    Those of the last two rounds, one of them half-empty, if that saves more than it costs; never
+    the largest tiles, whose partial sums would be so as well.
     """
     tiles = _tiles(M, N, tiling)
     rounds, rest = divmod(tiles, multiprocessors)

@@ -377,7 +377,7 @@ def weight_only_hopper_kernel(
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    gdc_wait()
+    gdc_wait()  # overlap.py
     gdc_launch_dependents()
     BLOCK_N: gl.constexpr = 128 * BLOCKS
     HAS_HIGH_BITS: gl.constexpr = HIGH_BYTES > 0
