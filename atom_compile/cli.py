@@ -31,7 +31,14 @@ from .explain import diff as diff_reports
 from .explain import explain as explain_model
 from .kernels import tuning as kernel_tuning
 from .kv_cache import KVCache
-from .model_folder import is_packed, load_model, load_tokenizer, read_windows, require_model
+from .model_folder import (
+    fetch_model,
+    is_packed,
+    load_model,
+    load_tokenizer,
+    read_windows,
+    require_model,
+)
 from .packing_run import pack_folder
 from .scheme import Scheme
 
@@ -65,7 +72,10 @@ def _reports_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 ModelDir = Annotated[
     Path,
-    typer.Argument(help="A directory with a causal language model that transformers can load."),
+    typer.Argument(
+        help="A directory with a causal language model that transformers can load, or the name of "
+        "a repository."
+    ),
 ]
 SchemeName = Annotated[str, typer.Option(help="What the numbers are: w4a4, w4a8 and so on.")]
 
@@ -76,7 +86,8 @@ def explain(
     model_dir: Annotated[
         Path | None,
         typer.Argument(
-            help="A directory with a causal language model that transformers can load.",
+            help="A directory with a causal language model that transformers can load, or the name "
+            "of a repository.",
             show_default=False,
         ),
     ] = None,
@@ -126,7 +137,7 @@ def explain(
     if difference is not None:
         return _explain_difference(*difference, html, as_json)
     assert model_dir is not None
-    model = load_model(model_dir)
+    model = load_model(fetch_model(model_dir))
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(model.device)
@@ -207,8 +218,9 @@ def calibrate(
     ] = None,
 ) -> None:
     """Run a model on text, choose orders, clips and precisions, round weights; save a recipe."""
-    model = load_model(model_dir, dequantize=True)
-    input_ids = read_windows(model_dir, text, windows, length).to(model.device)
+    folder = fetch_model(model_dir)
+    model = load_model(folder, dequantize=True)
+    input_ids = read_windows(folder, text, windows, length).to(model.device)
     batches = [{"input_ids": window[None], "use_cache": False} for window in input_ids]
     recipe = calibrate_model(
         model,
@@ -259,7 +271,7 @@ def quantize(
     if recipe is not None and calibration is not None:
         raise OptionError("quantize takes --recipe or --calibration, not both")
     model = pack_folder(
-        model_dir,
+        fetch_model(model_dir),
         out,
         scheme,
         recipe=recipe,
@@ -296,7 +308,8 @@ def generate(
     ] = None,
 ) -> None:
     """Write text with a model, packed or in 16 bits (then --compile quantizes it)."""
-    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+    folder = fetch_model(model_dir)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     cache: dict[str, Any] = {}
     if kv_cache is not None:
@@ -414,8 +427,9 @@ def evaluate(
     schemes: list[str | None] = [one for given in scheme or [] for one in _parse_names(given)]
     for name in schemes:
         Scheme.preset(str(name))
-    require_model(model_dir)
-    if is_packed(model_dir):
+    folder = fetch_model(model_dir)
+    require_model(folder)
+    if is_packed(folder):
         if schemes or recipe:
             raise OptionError(
                 "the model is packed already and is measured as it is: leave --scheme and --recipe "
@@ -424,8 +438,8 @@ def evaluate(
     elif not schemes:
         schemes = [None if recipe else "w4a4"]
     content = read_text(text) if text else read_dataset(dataset) if dataset else None
-    model = load_model(model_dir)
-    tokenizer = load_tokenizer(model_dir)
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
     evaluated = None
     if content is not None:
         evaluated = EvaluatedText.of(

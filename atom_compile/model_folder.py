@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from .errors import AtomError
 from .evaluate import text_windows
 from .int4_checkpoints import METHODS
-from .saving import load
+from .saving import find_folder, load
 from .transformers_config import METHOD
 
 
@@ -46,6 +47,15 @@ def load_model(folder: Path, *, dequantize: bool = False, **options: Any) -> Any
     if model.device.type != place:  # looking at every tensor takes a packed model 10 ms
         model = model.to(place)
     return model.eval()
+
+
+def fetch_model(model: Path) -> Path:
+    """The directory itself, or the one that the files of a repository of that name are fetched to.
+
+    Raises AtomError if they cannot be.
+    """
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", model.as_posix())
+    return find_folder(model.as_posix(), {}) if is_name else model
 
 
 def require_model(folder: Path) -> None:

@@ -17,6 +17,8 @@ from .transformers_quantizer import AtomQuantizer
 
 # those of from_pretrained's options that say where a repository's files come from
 _OF_THE_SOURCE = "cache_dir", "force_download", "local_files_only", "revision", "token"
+# a model's and its tokenizer's; never a pickle
+_KINDS_OF_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
@@ -55,30 +57,34 @@ def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
     if architecture is None:
         raise CheckpointError(f"{path} is a {config.architectures}, which transformers lacks")
     if method in METHODS:
-        folder = _find_folder(path, source)
+        folder = find_folder(path, source)
         return load_int4(architecture, config, folder, dequantize=dequantize, **others)
     if (device := find_device(others)) is not None:
         others["device_map"] = {"": device}  # by its number: each thread has a current one
-        folder = _find_folder(path, source)
+        folder = find_folder(path, source)
         if (model := load_onto(device, architecture, config, folder, **others)) is not None:
             return model
     return architecture.from_pretrained(path, **source, **others)
 
 
-def _find_folder(path: str | Path, source: Mapping[str, Any]) -> Path:
-    """The directory itself, or the one that a repository's files are fetched to."""
+def find_folder(path: str | Path, source: Mapping[str, Any]) -> Path:
+    """The directory itself, or the one that a repository's files are fetched to.
+
+    source: `from_pretrained`'s own options of where from. Raises CheckpointError.
+    """
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    kinds = ["*.json", "*.safetensors"]
     try:
         fetched = snapshot_download(
-            str(path), allow_patterns=kinds, ignore_patterns=["*/*"], **source
+            str(path), allow_patterns=_KINDS_OF_FILES, ignore_patterns=["*/*"], **source
         )
-        return Path(fetched)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be fetched: {error}") from error
+        raise CheckpointError(
+            f"{path} is no directory, and no repository that can be fetched: {error}"
+        ) from error
+    return Path(fetched)
 
 
 def save(model: Any, path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,30 @@ def test_a_missing_model_directory_is_one_line(tmp_path: Path) -> None:
     assert status == 2
     assert output.endswith("nowhere is no directory; give one that save_pretrained wrote\n")
     assert output.count("\n") == 1
+
+
+def test_a_repository_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+
+    def fetch(name: str, **_: Any) -> str:
+        fetched.append(name)
+        return str(MODEL)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    status, output = run(
+        "generate", "some/model", "--prompt", "Once", "--tokens", 2, "--no-compile"
+    )
+    assert (status, fetched) == (0, ["some/model"]), output
+
+
+def test_a_repository_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, **_: Any) -> str:
+        raise FileNotFoundError("there is no such thing")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    status, output = run("explain", "some/model")
+    assert status == 2
+    assert "is no directory, and no repository that can be fetched: there is no such" in output
 
 
 def test_a_directory_without_a_model(tmp_path: Path) -> None:

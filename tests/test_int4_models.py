@@ -229,7 +229,7 @@ def test_a_repository_that_cannot_be_fetched(
     write(tmp_path, "gptq", 64)
     config = AutoConfig.from_pretrained(tmp_path)
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: config)
-    with pytest.raises(CheckpointError, match="some/model cannot be fetched"):
+    with pytest.raises(CheckpointError, match="some/model is no directory, and no repository"):
         load("some/model", cache_dir=tmp_path, local_files_only=True)
 
 
