@@ -1,4 +1,6 @@
-"""INT4 checkpoints of others, as codes, scales and zero points: GPTQ, AWQ, compressed-tensors.
+"""Checkpoints of others in 4 bits: GPTQ, AWQ, compressed-tensors and ModelOpt.
+
+INT4, as codes, scales and zero points:
 
     stored                         shape, int32           bits 4i .. 4i+3 of a word
     GPTQ    qweight                (K / 8, N)             channel 8 * word + i
@@ -15,8 +17,25 @@
             weight_g_idx           (K,)                   each channel's group
             weight_shape           (2,)                   N, K
 
-Codes are stored plus 8, as 0 to 15. Sources: the packers of GPTQModel (`gptq`, `gptq_v2`), AutoAWQ
-(`gemm`) and compressed-tensors (`pack-quantized`).
+Codes are stored plus 8, as 0 to 15.
+
+NVFP4 and MXFP4, in blocks as kernels/block_formats.py has them:
+
+    stored                         shape                  dtype
+    compressed-tensors
+            weight_packed          (N, K / 2)             uint8
+            weight_scale           (N, K / block)         float8_e4m3fn; of MXFP4 uint8, as e8m0
+            weight_global_scale    (1,)                   float32, which divides; NVFP4's alone
+    ModelOpt
+            weight                 (N, K / 2)             uint8
+            weight_scale           (N, K / 16)            float8_e4m3fn
+            weight_scale_2         ()                     float32, which multiplies
+
+What they have of activations is not read: those stay in 16 bits.
+
+Sources: the packers of GPTQModel (`gptq`, `gptq_v2`), AutoAWQ (`gemm`), compressed-tensors
+(`pack-quantized`, `nvfp4-pack-quantized`, `mxfp4-pack-quantized`) and NVIDIA's Model Optimizer
+(`NVFP4`).
 """
 
 from __future__ import annotations
@@ -29,9 +48,11 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .kernels.block_formats import BlockWeight, dequantize_blocks, to_grouped_weight
+from .kernels.formats import BLOCK_FORMATS
 from .kernels.packing import GroupedWeight, GroupLayout, grouped_codes
 
-METHODS = ("gptq", "awq", "compressed-tensors")
+METHODS = ("gptq", "awq", "compressed-tensors", "modelopt")
 """`quant_method` in config.json."""
 _PER_WORD = 8  # codes of an int32
 _AWQ_ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -54,6 +75,12 @@ class Int4Linear(NamedTuple):
     order: Tensor | None
     bias: Tensor | None
     group_size: int
+    format: str = "int"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        N, K = self.codes.shape
+        return N, K
 
     def packed(self) -> GroupedWeight:
         """For `atom::weight_only_linear`, on activations whose channels are in `order`."""
@@ -71,12 +98,41 @@ class Int4Linear(NamedTuple):
         return weight if self.order is None else weight[:, self.order.argsort()]
 
 
+class BlockLinear(NamedTuple):
+    """One linear whose weight is NVFP4 or MXFP4; format: which of the two."""
+
+    weight: BlockWeight
+    bias: Tensor | None
+    format: str
+
+    @property
+    def order(self) -> None:
+        """Channels are as they were."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        N, half = self.weight.codes.shape
+        return N, 2 * half
+
+    @property
+    def group_size(self) -> int:
+        return BLOCK_FORMATS[self.format].size
+
+    def packed(self) -> GroupedWeight:
+        """For `atom::weight_only_linear`."""
+        return to_grouped_weight(self.weight)
+
+    def dense(self) -> Tensor:
+        """(N, K) float32."""
+        return dequantize_blocks(self.weight)
+
+
 def find_quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """The modules that are quantized, by the names of a checkpoint's tensors.
 
     Raises CheckpointError as `read_linears` does, and if there is none.
     """
-    suffix, _, _ = _reader(config)
+    suffix, _ = _reader(config)
     found = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
     if not found:
         raise CheckpointError(f"the checkpoint has no {suffix!r}: nothing in it is quantized")
@@ -85,7 +141,7 @@ def find_quantized(config: Mapping[str, Any], names: Iterable[str]) -> list[str]
 
 def read_linears(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Int4Linear]]:
+) -> Iterator[tuple[str, Int4Linear | BlockLinear]]:
     """Module name -> linear, of all that are quantized, one at a time.
 
     config: a transformers configuration's `quantization_config`. tensors: the checkpoint's, by
@@ -94,27 +150,26 @@ def read_linears(
     Raises CheckpointError for a method, layout or number of bits that is not read here, and for
     tensors that are missing or do not fit each other.
     """
-    _, read, group_size = _reader(config)
+    _, read = _reader(config)
     for name in find_quantized(config, tensors):
         try:
-            fields = read(name, tensors)
+            linear = read(name, tensors)
         except KeyError as missing:
             raise CheckpointError(f"{name}: the checkpoint has no {missing}") from None
         except (IndexError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{name}: its tensors are not as its format has them ({error})"
             ) from error
-        yield name, _linear(name, *fields, tensors.get(f"{name}.bias"), group_size)
+        yield name, linear
 
 
+_Read = Callable[[str, Mapping[str, Tensor]], Int4Linear | BlockLinear]
 _Fields = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Codes (N, K), scales (N, G), zero points (N, G), groups of channels (K,)."""
 
 
-def _reader(
-    config: Mapping[str, Any],
-) -> tuple[str, Callable[[str, Mapping[str, Tensor]], _Fields], int]:
-    """The ending of packed weights' names, what reads one linear, and the group size."""
+def _reader(config: Mapping[str, Any]) -> tuple[str, _Read]:
+    """How the names of quantized linears' tensors end, of one for each, and what reads a linear."""
     method = config.get("quant_method")
     if method == "gptq":
         layout = config.get("checkpoint_format", "gptq")
@@ -122,16 +177,31 @@ def _reader(
         _require("bits", config.get("bits"), (4,))
         _require("group_size", config.get("group_size"), _GROUP_SIZES)
         read = functools.partial(_gptq, offset=1 if layout == "gptq" else 0)
-        return ".qweight", read, int(config["group_size"])
+        return ".qweight", _of_integers(read, int(config["group_size"]))
     if method == "awq":
         _require("version", str(config.get("version", "gemm")).lower(), ("gemm",))
         _require("bits", config.get("bits", config.get("w_bit")), (4,))
         group_size: Any = config.get("group_size", config.get("q_group_size"))
         _require("group_size", group_size, _GROUP_SIZES)
-        return ".qweight", _awq, int(group_size)
+        return ".qweight", _of_integers(_awq, int(group_size))
+    if method == "modelopt":
+        _require("quant_algo", config.get("quant_algo"), ("NVFP4",))
+        return ".weight_scale_2", _modelopt
     _require("quant_method", method, METHODS)
-    _require("format", config.get("format"), ("pack-quantized",))
-    return ".weight_packed", _compressed_tensors, _compressed_tensors_group(config)
+    format = config.get("format")
+    _require("format", format, ("pack-quantized", *_BLOCK_READERS))
+    if format in _BLOCK_READERS:
+        return ".weight_packed", _BLOCK_READERS[format]
+    return ".weight_packed", _of_integers(_compressed_tensors, _compressed_tensors_group(config))
+
+
+def _of_integers(
+    read: Callable[[str, Mapping[str, Tensor]], _Fields], group_size: int
+) -> Callable[[str, Mapping[str, Tensor]], Int4Linear]:
+    def read_linear(name: str, tensors: Mapping[str, Tensor]) -> Int4Linear:
+        return _linear(name, *read(name, tensors), tensors.get(f"{name}.bias"), group_size)
+
+    return read_linear
 
 
 def _require(name: str, got: object, allowed: tuple[object, ...]) -> None:
@@ -179,6 +249,43 @@ def _compressed_tensors(name: str, tensors: Mapping[str, Tensor]) -> _Fields:
         packed = zero_point.dtype == torch.int32
         zero_point = _unpack(zero_point, dim=0)[:N] if packed else zero_point.to(torch.int8)
     return codes, tensors[f"{name}.weight_scale"], zero_point, tensors.get(f"{name}.weight_g_idx")
+
+
+def _nvfp4(name: str, tensors: Mapping[str, Tensor]) -> BlockLinear:
+    tensor_scale = tensors[f"{name}.weight_global_scale"].float().reciprocal()
+    return _block_linear(name, tensors, "weight_packed", tensor_scale, "nvfp4")
+
+
+def _mxfp4(name: str, tensors: Mapping[str, Tensor]) -> BlockLinear:
+    return _block_linear(name, tensors, "weight_packed", torch.ones(()), "mxfp4")
+
+
+def _modelopt(name: str, tensors: Mapping[str, Tensor]) -> BlockLinear:
+    tensor_scale = tensors[f"{name}.weight_scale_2"].float()
+    return _block_linear(name, tensors, "weight", tensor_scale, "nvfp4")
+
+
+_BLOCK_READERS: dict[Any, _Read] = {
+    "nvfp4-pack-quantized": _nvfp4,
+    "mxfp4-pack-quantized": _mxfp4,
+}
+
+
+def _block_linear(
+    name: str, tensors: Mapping[str, Tensor], codes_name: str, tensor_scale: Tensor, format: str
+) -> BlockLinear:
+    codes, scale = tensors[f"{name}.{codes_name}"], tensors[f"{name}.weight_scale"]
+    block = BLOCK_FORMATS[format]
+    wanted = codes.shape[0], 2 * codes.shape[1] // block.size
+    stored = block.scale.dtype, torch.uint8  # of e8m0 the very bytes
+    if codes.dtype != torch.uint8 or scale.dtype not in stored or scale.shape != wanted:
+        raise CheckpointError(
+            f"{name}: codes {tuple(codes.shape)} of {codes.dtype} and scales {tuple(scale.shape)} "
+            f"of {scale.dtype} are no {format} weight, whose blocks have {block.size} channels"
+        )
+    scale = scale.view(block.scale.dtype)
+    weight = BlockWeight(codes, scale, tensor_scale.reshape(()))
+    return BlockLinear(weight, tensors.get(f"{name}.bias"), format)
 
 
 def _unpack(words: Tensor, dim: int, order: tuple[int, ...] = tuple(range(_PER_WORD))) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models of transformers from the INT4 checkpoints of others; int4_checkpoints.py has the formats.
+"""Models of transformers from the 4-bit checkpoints of others; int4_checkpoints.py has the formats.
 
 transformers itself loads what is made of them here: for a packed model what `save` would have
 written, for a 16-bit one plain weights. Its own support of these methods, and the packages that it
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Contents
 from .errors import CheckpointError
-from .int4_checkpoints import Int4Linear, find_quantized, read_linears
+from .int4_checkpoints import BlockLinear, Int4Linear, find_quantized, read_linears
 from .kernels.packing import GroupedWeight
 from .packer import find_readers, is_linear, shape_of
 from .progress import track
@@ -35,7 +35,7 @@ from .transformers_quantizer import untied
 def load_int4(
     architecture: Any, config: Any, path: Path, *, dequantize: bool, **kwargs: Any
 ) -> Any:
-    """A model whose linears are packed in W4A16, or with `dequantize` one in 16 bits.
+    """A model whose linears have packed weights alone, or with `dequantize` one in 16 bits.
 
     architecture, config: the class of transformers, and its configuration, which names the method.
     path: the directory with the safetensors files. kwargs: `from_pretrained`'s own.
@@ -52,7 +52,7 @@ def load_int4(
     linears = _linears(skeleton, names)
     tensors = _plain_tensors(skeleton, files, linears)
     reading = _read(quantization, files, linears)
-    read = track(reading, "reading INT4 weights", total=len(names))
+    read = track(reading, "reading 4-bit weights", total=len(names))
     if dequantize:
         for name, linear in read:
             weight = linear.dense().to(_dtype(kwargs.get("dtype"), config, linear))
@@ -62,7 +62,7 @@ def load_int4(
         scheme, packed = _pack(read)
         for name, (grouped, order) in packed.items():
             layout = scheme.layout(shape_of(linears[name])[1])
-            stored = stored_tensors(grouped, order, layout, "int")
+            stored = stored_tensors(grouped, order, layout, scheme.weight_format)
             tensors |= {f"{name}.{field}": one for field, one in stored.items()}
         config.quantization_config = {
             "quant_method": METHOD,
@@ -171,9 +171,9 @@ def _plain_tensors(
 
 def _read(
     quantization: Mapping[str, Any], files: Mapping[str, Tensor], linears: Mapping[str, nn.Module]
-) -> Iterator[tuple[str, Int4Linear]]:
+) -> Iterator[tuple[str, Int4Linear | BlockLinear]]:
     for name, linear in read_linears(quantization, files):
-        shape, wanted = tuple(linear.codes.shape), shape_of(linears[name])
+        shape, wanted = linear.shape, shape_of(linears[name])
         if shape != wanted:
             raise CheckpointError(
                 f"{name} is {shape} in the checkpoint, and {wanted} by its config.json: it is of "
@@ -186,10 +186,13 @@ def _read(
         yield name, linear
 
 
-def _dtype(asked: torch.dtype | str | None, config: Any, linear: Int4Linear) -> torch.dtype:
+def _dtype(
+    asked: torch.dtype | str | None, config: Any, linear: Int4Linear | BlockLinear
+) -> torch.dtype:
     """What transformers will load it in: a float32 copy of the whole model is not made before."""
     if asked is None or asked == "auto":
-        asked = config.dtype or linear.scale.dtype
+        of_scales = linear.scale.dtype if isinstance(linear, Int4Linear) else torch.bfloat16
+        asked = config.dtype or of_scales
     dtype: torch.dtype = getattr(torch, asked) if isinstance(asked, str) else asked
     return dtype
 
@@ -198,17 +201,19 @@ _Packed = dict[str, tuple[GroupedWeight, Tensor | None]]
 """Name -> weight, and the order of its channels."""
 
 
-def _pack(linears: Iterable[tuple[str, Int4Linear]]) -> tuple[Scheme, _Packed]:
+def _pack(linears: Iterable[tuple[str, Int4Linear | BlockLinear]]) -> tuple[Scheme, _Packed]:
     """The linears as `QuantizedLinear` holds them, and the scheme that describes them.
 
     A scheme is of the whole model: if one linear has zero points or an order, all get them.
     """
     packed: _Packed = {}
     widths: dict[str, int] = {}
-    group_size = 0
+    group_size, format = 0, "int"
     for name, linear in linears:
         packed[name] = linear.packed(), linear.order
-        widths[name], group_size = linear.codes.shape[1], linear.group_size
+        widths[name], group_size, format = linear.shape[1], linear.group_size, linear.format
+    if format != "int":
+        return Scheme.of(format), packed
     symmetric = all(weight.zero_point is None for weight, _ in packed.values())
     act_order = any(order is not None for _, order in packed.values())
     for name, (weight, order) in packed.items():

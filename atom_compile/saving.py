@@ -24,8 +24,9 @@ _KINDS_OF_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 def load(path: str | Path, *, dequantize: bool = False, **kwargs: Any) -> Any:
     """A packed model that `save`, or `save_pretrained`, wrote: as `from_pretrained` loads it.
 
-    Or one that GPTQ, AWQ or compressed-tensors quantized, by groups of 32 to 1024 channels to 4
-    bits: it becomes a packed model in W4A16 with the very codes, scales and zero points.
+    Or one that GPTQ, AWQ, compressed-tensors or ModelOpt quantized to 4 bits, to integers by groups
+    of 32 to 1024 channels, to NVFP4 or MXFP4: it becomes a packed model of weights alone, with the
+    very codes, scales and zero points. Activations stay in 16 bits, whatever theirs were.
 
     Onto one GPU our own are read by device_files.py, sooner than transformers reads them.
 

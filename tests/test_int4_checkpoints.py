@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atom_compile.errors import CheckpointError
-from atom_compile.int4_checkpoints import Int4Linear, read_linears
+from atom_compile.int4_checkpoints import BlockLinear, Int4Linear, read_linears
 from atom_compile.kernels import weight_only_linear
 from atom_compile.kernels.packing import GroupLayout, dequantize_weight
 
@@ -74,7 +74,7 @@ def gptq_tensors(drawn: Drawn, zero_offset: int) -> dict[str, Tensor]:
 
 def read(config: dict[str, Any], tensors: dict[str, Tensor]) -> Int4Linear:
     ((name, linear),) = read_linears(config, tensors)
-    assert name == NAME
+    assert name == NAME and isinstance(linear, Int4Linear)
     return linear
 
 
@@ -176,6 +176,7 @@ def test_compressed_tensors(symmetric: bool, shuffled: bool, packed_zeros: bool)
         (compressed_tensors(num_bits=8), "num_bits is 8"),
         (compressed_tensors(type="float"), "type is 'float'"),
         (compressed_tensors(strategy="tensor"), "strategy is 'tensor'"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "is 'FP8'; what is read is 'NVFP4'"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(config: dict[str, Any], message: str) -> None:
@@ -202,3 +203,57 @@ def test_damage_is_named() -> None:
     uneven = torch.zeros_like(drawn.groups)
     with pytest.raises(CheckpointError, match="groups of other sizes than 64"):
         read(GPTQ, tensors | {f"{NAME}.g_idx": uneven})
+
+
+NVFP4 = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+MXFP4 = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def block_tensors(config: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    """A linear of random codes and scales, and the weight that they stand for."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (N, K), generator=generator)
+    values = E2M1[codes & 7] * torch.where(codes >= 8, -1.0, 1.0)
+    pairs = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    fields = {"weight" if config is MODELOPT else "weight_packed": pairs}
+    if config is MXFP4:
+        exponent = torch.randint(115, 125, (N, K // 32), generator=generator)
+        fields["weight_scale"] = exponent.to(torch.uint8)
+        scale = torch.exp2(exponent.float() - 127).repeat_interleave(32, dim=1)
+    else:
+        stored = (1 + 400 * torch.rand(N, K // 16, generator=generator)).to(torch.float8_e4m3fn)
+        fields["weight_scale"] = stored
+        fields["input_scale" if config is MODELOPT else "input_global_scale"] = torch.ones(1)
+        if config is MODELOPT:
+            fields["weight_scale_2"] = torch.tensor(2.0**-12)
+        else:
+            fields["weight_global_scale"] = torch.tensor([2.0**12])
+        scale = stored.float().repeat_interleave(16, dim=1) * 2.0**-12
+    return {f"{NAME}.{field}": one for field, one in fields.items()}, values * scale
+
+
+@pytest.mark.parametrize("config", [NVFP4, MXFP4, MODELOPT])
+def test_blocks_of_e2m1(config: dict[str, Any]) -> None:
+    tensors, weight = block_tensors(config)
+    ((name, linear),) = read_linears(config, tensors)
+    assert name == NAME and isinstance(linear, BlockLinear)
+    assert linear.shape == (N, K) and linear.group_size == (32 if config is MXFP4 else 16)
+    assert linear.bias is None and linear.order is None
+    assert torch.equal(linear.dense(), weight)
+    packed, x = linear.packed(), torch.randn(3, K)
+    out = weight_only_linear.reference(x, *packed, None, None, x.dtype, format=linear.format)
+    torch.testing.assert_close(out, x @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [NVFP4, MXFP4, MODELOPT])
+def test_blocks_that_do_not_fit_are_refused(config: dict[str, Any]) -> None:
+    tensors, _ = block_tensors(config)
+    scale = f"{NAME}.weight_scale"
+    for wrong in (tensors[scale][:, :-1], tensors[scale].float()):
+        with pytest.raises(CheckpointError, match=f"{NAME}: codes .* are no .*fp4 weight, whose"):
+            list(read_linears(config, tensors | {scale: wrong}))
+    del tensors[scale]
+    with pytest.raises(CheckpointError, match=f"{NAME}: the checkpoint has no '{scale}'"):
+        list(read_linears(config, tensors))

@@ -23,7 +23,9 @@ from transformers import (
 
 from atom_compile import calibrate, load, quantize, save
 from atom_compile.errors import CheckpointError, OptionError
+from atom_compile.kernels.block_formats import dequantize_blocks, pack_mxfp4, pack_nvfp4
 from atom_compile.quantized_linear import QuantizedLinear
+from atom_compile.scheme import Scheme
 
 from .capturing import atom_operators, reference_output, token_batch
 from .models import tiny_llama
@@ -195,6 +197,58 @@ def test_linears_of_one_activation_are_one_product(
     torch.testing.assert_close(
         reference_output(model, token_batch()), logits(want), rtol=1e-4, atol=1e-5
     )
+
+
+BLOCKS: Mapping[str, tuple[str, dict[str, str]]] = {
+    "nvfp4": ("nvfp4", {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
+    "mxfp4": ("mxfp4", {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}),
+    "modelopt": ("nvfp4", {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+}
+
+
+def write_blocks(path: Path, kind: str) -> Any:
+    """As `write`, with the linears in blocks of E2M1."""
+    format, config = BLOCKS[kind]
+    model = tiny_llama(layers=1, intermediate=256)
+    model.save_pretrained(path)
+    tensors = model.state_dict()
+    for name in [name for name in tensors if "_proj" in name]:
+        packed = (pack_nvfp4 if format == "nvfp4" else pack_mxfp4)(tensors.pop(name))
+        # a power of two divides as it multiplies
+        tensor_scale = torch.exp2(packed.tensor_scale.log2().round())
+        packed = packed._replace(tensor_scale=tensor_scale)
+        fields = {"weight_packed": packed.codes, "weight_scale": packed.block_scale}
+        if kind == "modelopt":
+            fields |= {"weight": fields.pop("weight_packed"), "weight_scale_2": tensor_scale}
+            fields["input_scale"] = torch.ones(())
+        elif kind == "nvfp4":
+            fields["weight_global_scale"] = tensor_scale.reciprocal().reshape(1)
+        else:
+            fields["weight_scale"] = packed.block_scale.view(torch.uint8)
+        for field, tensor in fields.items():
+            tensors[name.replace("weight", field)] = tensor
+        model.get_parameter(name).data = dequantize_blocks(packed)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    change_config(path, quantization_config=config)
+    return model
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_of_e2m1(kind: str, tmp_path: Path) -> None:
+    want = write_blocks(tmp_path / "theirs", kind)
+    dense = load(tmp_path / "theirs", dequantize=True)
+    for name, parameter in want.named_parameters():
+        assert torch.equal(dense.get_parameter(name), parameter), name
+    model = load(tmp_path / "theirs")
+    assert model.config.quantization_config.options.scheme == Scheme.of(BLOCKS[kind][0])
+    attention = model.model.layers[0].self_attn
+    assert attention.q_proj.weight is attention.v_proj.weight
+    torch.testing.assert_close(logits(model), logits(want), rtol=1e-4, atol=1e-5)
+    counts = atom_operators(model, token_batch())
+    assert counts["atom.weight_only_linear"] == 4, counts
+
+    save(model, tmp_path / "ours")
+    assert torch.equal(logits(load(tmp_path / "ours")), logits(model))
 
 
 def test_it_compiles(tmp_path: Path) -> None:
