@@ -91,6 +91,11 @@ def tune(
         if count < 1 or count & (count - 1):
             raise OptionError(f"tokens is {list(tokens)}; every number must be a power of two")
     scheme = Scheme.of(scheme)
+    if scheme.two_level:
+        raise OptionError(
+            "products with scales in two levels have no launches to tune: scheme must be one with "
+            "a scale for each group, such as 'w4a4' or 'w4a8'"
+        )
     tuned = "e2m3" if scheme.activation_format == "e4m3" else "int"
     if (scheme.sorts_channels or tuned == "e2m3") and scheme.weight_format != tuned:
         raise OptionError(

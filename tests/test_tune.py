@@ -113,11 +113,10 @@ def test_fp8_activations_have_rows_of_their_own(tmp_path: Path) -> None:
     [
         ("w4a4-fp4", "INT4 and serve e2m1 as well: scheme must be one of integers, such as 'w4a4'"),
         ("w6a8-e3m2", "E2M3 and serve e3m2 as well: scheme must be 'w6a8'"),
+        ("w4a8-two-level", "scales in two levels have no launches to tune"),
     ],
 )
-def test_formats_that_are_served_by_what_others_were_tuned_for(
-    tmp_path: Path, scheme: str, said: str
-) -> None:
+def test_schemes_without_launches_of_their_own(tmp_path: Path, scheme: str, said: str) -> None:
     with pytest.raises(OptionError, match=said):
         next(tuning.tune([TINY], scheme=scheme, device="cpu", folder=tmp_path))
 
