@@ -156,6 +156,8 @@ def read_linears(
             linear = read(name, tensors)
         except KeyError as missing:
             raise CheckpointError(f"{name}: the checkpoint has no {missing}") from None
+        except CheckpointError:
+            raise
         except (IndexError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"{name}: its tensors are not as its format has them ({error})"
