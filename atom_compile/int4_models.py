@@ -147,8 +147,9 @@ def _plain_tensors(
 ) -> dict[str, Tensor]:
     """All that belongs to no packed weight; it must be what the model has beside them."""
     expected = untied(skeleton, skeleton.state_dict())
-    # what transformers passes over too
-    ignored = [r"rotary_emb\.inv_freq$", *(skeleton._keys_to_ignore_on_load_unexpected or ())]
+    # scales of a KV cache in FP8, and what transformers passes over too
+    ignored = [r"\.[kv]_scale$", r"rotary_emb\.inv_freq$"]
+    ignored += skeleton._keys_to_ignore_on_load_unexpected or ()
     tensors: dict[str, Tensor] = {}
     for name in files:
         module, _, field = name.rpartition(".")

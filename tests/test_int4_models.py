@@ -228,6 +228,8 @@ def write_blocks(path: Path, kind: str) -> Any:
         for field, tensor in fields.items():
             tensors[name.replace("weight", field)] = tensor
         model.get_parameter(name).data = dequantize_blocks(packed)
+    for field in ("k_scale", "v_scale"):  # of a cache in FP8
+        tensors[f"model.layers.0.self_attn.{field}"] = torch.ones(1)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     change_config(path, quantization_config=config)
     return model
