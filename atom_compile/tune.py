@@ -43,7 +43,7 @@ from .scheme import Scheme
 
 DEFAULT_MODELS = ("llama3-8b", "llama3-70b")
 DEFAULT_TOKENS = tuple(1 << power for power in range(14))
-_QUICK_CANDIDATES = 48
+_QUICK_CANDIDATES = 56
 _FINALISTS = 4  # measured again, for longer
 _SECONDS, _FINAL_SECONDS = 0.005, 0.05
 _NAMES = {"int": "INT4", "e2m3": "E2M3"}  # of weights whose launches serve other formats

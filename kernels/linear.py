@@ -376,7 +376,8 @@ def split_candidates(M: int, num_groups: int, stages: Sequence[int] = (3, 4, 2, 
     few = block_m <= 16
     if few:
         # (block_n, num_warps): a warp that has more rows has fewer instructions for each of them
-        cuts = [(64, 2), (32, 2), (64, 4), (32, 1), (128, 4), (64, 1), (128, 8), (32, 4), (256, 8)]
+        cuts = [(64, 2), (32, 2), (64, 4), (32, 1), (128, 4), (64, 1), (128, 2)]
+        cuts += [(128, 8), (32, 4), (256, 8)]
         splits = [1, 2, 3, 4, 6, 8, 12, 16]
     else:
         cuts = [(64, 4), (128, 4), (32, 4), (256, 4), (128, 8), (64, 8), (256, 8), (32, 8)]
