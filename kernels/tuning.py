@@ -5,8 +5,9 @@
     "weight_only_linear": [{"format": "e2m3", "N": 6144, "num_groups": 32, ...}, ...],
     "float8_linear": [{"N": 6144, "num_groups": 32, ...}, ...]
 
-A row serves M/2 + 1 .. M tokens; `M` is a power of two. `atom-compile tune` writes the file. What
-is not in it gets the operator's default, at once.
+A row serves M/2 + 1 .. M tokens; `M` is a power of two. Up to 8 tokens, for which a product takes
+tiles of 8 and reads its weight once, numbers that were not measured are served by the next that
+was. `atom-compile tune` writes the file. What is not in it gets the operator's default, at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 FOLDER = Path(__file__).parent / "tuned"
 OPERATORS = "linear", "weight_only_linear", "float8_linear"
+_FEW_TOKENS = 8
 _ENOUGH_TOKENS = 1024  # to fill a device: more of them are launched as these are
 
 Row = dict[str, Any]
@@ -50,7 +52,12 @@ def find(
         return None
     most = max(by_tokens)
     tokens = 1 << (M - 1).bit_length()
-    row = by_tokens.get(most if tokens > most >= _ENOUGH_TOKENS else tokens)
+    if tokens > most >= _ENOUGH_TOKENS:
+        tokens = most
+    if M <= _FEW_TOKENS and tokens not in by_tokens:
+        few = sorted(count for count in by_tokens if count <= _FEW_TOKENS)
+        tokens = next((count for count in few if count > tokens), few[-1] if few else tokens)
+    row = by_tokens.get(tokens)
     return Tuned(row["path"], row["tiling"]) if row else None
 
 

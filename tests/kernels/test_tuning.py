@@ -53,12 +53,24 @@ def test_the_file_is_named_after_the_device(device_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "served_by"), [(1, 1), (2, None), (9, 16), (16, 16), (17, None), (9999, 1024)]
+    ("tokens", "served_by"), [(1, 1), (9, 16), (16, 16), (17, None), (9999, 1024)]
 )
 def test_a_row_serves_down_to_half_its_tokens_and_the_last_all_above(
     device_file: Path, tokens: int, served_by: int | None
 ) -> None:
     _write(device_file, *(row(M, path=str(M)) for M in (1, 16, 1024)))
+    found = tuning.find(GPU, tokens, 6144, 31, 128)
+    assert (found and found.path) == (str(served_by) if served_by else None)
+
+
+@pytest.mark.parametrize(
+    ("measured", "tokens", "served_by"),
+    [((1, 4, 16), 2, 4), ((1, 4, 16), 3, 4), ((1, 4, 16), 8, 4), ((16,), 8, None), ((8,), 1, 8)],
+)
+def test_up_to_eight_tokens_share_their_rows(
+    device_file: Path, measured: tuple[int, ...], tokens: int, served_by: int | None
+) -> None:
+    _write(device_file, *(row(M, path=str(M)) for M in measured))
     found = tuning.find(GPU, tokens, 6144, 31, 128)
     assert (found and found.path) == (str(served_by) if served_by else None)
 
