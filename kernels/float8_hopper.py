@@ -176,8 +176,8 @@ def _multiply(
         row_scale = gl.load(row_scale_ptr + n, mask=n < N, other=0.0)[:, None]
         acc = acc * GAP * (row_scale * scale)
         finish(
-            acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
-            tile - whole_tiles, first, end, num_groups, tiles - whole_tiles, WARPGROUP, 2,
+            acc, acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
+            tile - whole_tiles, first, end, num_groups, tiles - whole_tiles, WARPGROUP, 1,
             HAS_BIAS, HAS_RESIDUAL,
         )  # fmt: skip
 

@@ -450,14 +450,34 @@ def store_rows(
 
 @gluon.jit
 def finish(
+    upper, lower, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
+    shared_tile, first, end, num_groups, shared_tiles, WARPGROUP: gl.constexpr,
+    BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """Stores a warpgroup's outputs, from n0 on, once the sums of all groups are there.
+
+    `lower` is read if BLOCKS, of 64 outputs, is 2.
+    """
+    _finish_block(
+        upper, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
+        shared_tile, first, end, num_groups, shared_tiles, BLOCKS * WARPGROUP, 2 * BLOCKS,
+        HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+    if BLOCKS == 2:
+        _finish_block(
+            lower, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0 + 64, M, N,
+            shared_tile, first, end, num_groups, shared_tiles, BLOCKS * WARPGROUP + 1, 2 * BLOCKS,
+            HAS_BIAS, HAS_RESIDUAL,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _finish_block(
     acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
     shared_tile, first, end, num_groups, shared_tiles, BLOCK: gl.constexpr, BLOCKS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
-    """Stores 64 outputs from n0 on, once the sums of all groups are there.
-
-    They are the BLOCK-th of their tile's BLOCKS.
-    """
+    """64 outputs from n0 on, the BLOCK-th of their tile's BLOCKS."""
     complete = end - first == num_groups
     if is_shared(acc.shape[1], BLOCKS // 2):
         if not complete:
@@ -531,16 +551,10 @@ def _multiply(
                     mbarrier.arrive(empty.index((step + part) % STAGES), count=1)
                 step += OUTLIER_STEPS
         finish(
-            acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
-            tile - whole_tiles, first, end, num_groups, tiles - whole_tiles, BLOCKS * WARPGROUP,
-            2 * BLOCKS, HAS_BIAS, HAS_RESIDUAL,
+            acc, lower_acc if BLOCKS == 2 else acc, bias_ptr, residual_ptr, out_ptr, partial_ptr,
+            arrivals_ptr, m0, n0, M, N, tile - whole_tiles, first, end, num_groups,
+            tiles - whole_tiles, WARPGROUP, BLOCKS, HAS_BIAS, HAS_RESIDUAL,
         )  # fmt: skip
-        if BLOCKS == 2:
-            finish(
-                lower_acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0 + 64,
-                M, N, tile - whole_tiles, first, end, num_groups, tiles - whole_tiles,
-                BLOCKS * WARPGROUP + 1, 2 * BLOCKS, HAS_BIAS, HAS_RESIDUAL,
-            )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "whole_tiles"])

@@ -336,16 +336,10 @@ def _multiply(
             if BLOCKS == 2:
                 lower *= UNPLACED
         finish(
-            acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
-            tile - whole_tiles, first, end, num_groups, tiles - whole_tiles, BLOCKS * WARPGROUP,
-            2 * BLOCKS, HAS_BIAS, HAS_RESIDUAL,
+            acc, lower, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M,
+            N, tile - whole_tiles, first, end, num_groups, tiles - whole_tiles, WARPGROUP, BLOCKS,
+            HAS_BIAS, HAS_RESIDUAL,
         )  # fmt: skip
-        if BLOCKS == 2:
-            finish(
-                lower, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0 + 64,
-                M, N, tile - whole_tiles, first, end, num_groups, tiles - whole_tiles,
-                BLOCKS * WARPGROUP + 1, 2 * BLOCKS, HAS_BIAS, HAS_RESIDUAL,
-            )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M", "whole_tiles"])
