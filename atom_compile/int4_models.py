@@ -11,18 +11,21 @@ import dataclasses
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from .checkpoint import Contents
 from .errors import CheckpointError
+from .experts import Split, put, split_experts
 from .int4_checkpoints import BlockLinear, Int4Linear, find_quantized, read_linears
-from .kernels.packing import GroupedWeight
+from .kernels.packing import GroupedWeight, concatenate_rows
 from .packer import find_readers, is_linear, shape_of
 from .progress import track
 from .quantized_linear import stored_tensors
@@ -48,16 +51,22 @@ def load_int4(
     del config.quantization_config
     with torch.device("meta"):
         skeleton = architecture(config)
+    files.rename(skeleton)
     names = find_quantized(quantization, files)
-    linears = _linears(skeleton, names)
-    tensors = _plain_tensors(skeleton, files, linears)
-    reading = _read(quantization, files, linears)
-    read = track(reading, "reading 4-bit weights", total=len(names))
+    splits = _split_quantized_experts(skeleton, names)
+    parts = _find_parts(skeleton, splits, names)
+    linears = {name: skeleton.get_submodule(name) for name in parts}
+    tensors = _plain_tensors(skeleton, files, linears, names)
+    reading = _read(quantization, files, parts, linears)
+    read = track(reading, "reading 4-bit weights", total=len(parts))
     if dequantize:
-        for name, linear in read:
-            weight = linear.dense().to(_dtype(kwargs.get("dtype"), config, linear))
+        for name, some in read:
+            dtype = _dtype(kwargs.get("dtype"), config, some[0])
+            weight = torch.cat([one.dense().to(dtype) for one in some])
             weight = weight.t() if is_conv1d(linears[name]) else weight
             tensors[f"{name}.weight"] = weight.contiguous()
+        for split in splits:
+            tensors |= split.stacked(tensors)
     else:
         scheme, packed = _pack(read)
         for name, (grouped, order) in packed.items():
@@ -83,8 +92,11 @@ def load_int4(
 class _Files(Mapping[str, Tensor]):
     """The tensors of a directory's safetensors files, each read when it is looked up."""
 
+    # name here -> file, and the name in it
+    _files: dict[str, tuple[Any, str]]
+
     def __init__(self, path: Path) -> None:
-        self._files: dict[str, Any] = {}
+        self._files = {}
         for file in _list_files(path):
             try:
                 opened = safe_open(file, framework="pt")
@@ -97,10 +109,19 @@ class _Files(Mapping[str, Tensor]):
                     f"{file.name} is damaged or cut short ({error}): copy it again"
                 ) from error
             names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
-            self._files |= dict.fromkeys(names, opened)
+            self._files |= {name: (opened, name) for name in names}
+
+    def rename(self, model: Any) -> None:
+        """Gives tensors the names that transformers gives them in that model."""
+        every = get_model_conversion_mapping(model, add_legacy=False)
+        renamings = [one for one in every if isinstance(one, WeightRenaming)]
+        self._files = {
+            rename_source_key(name, renamings, [])[0]: found for name, found in self._files.items()
+        }
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
+        file, stored = self._files[name]
+        tensor: Tensor = file.get_tensor(stored)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -126,26 +147,67 @@ def _list_files(path: Path) -> list[Path]:
     return files
 
 
-def _linears(skeleton: Any, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Those of the model that the checkpoint has quantized."""
+def _split_quantized_experts(skeleton: Any, names: Sequence[str]) -> list[Split]:
+    splits = split_experts(skeleton)
+    put(skeleton, [one for one in splits if not one.is_named(names)], split=False)
+    return [one for one in splits if one.is_named(names)]
+
+
+def _find_parts(
+    skeleton: Any, splits: Sequence[Split], names: Sequence[str]
+) -> dict[str, list[str]]:
+    """The linears of the model that the checkpoint has quantized, and what it calls them.
+
+    It has an expert's gate and up apart.
+    """
+    of_experts = _parts_of_experts(skeleton)
+    parts: dict[str, list[str]] = {}
+    for split in splits:
+        for stack, linears in split.stacks.items():
+            some = of_experts.get(stack.rpartition(".")[2], [])
+            for linear in linears:
+                parts[linear] = [f"{linear.rpartition('.')[0]}.{one}" for one in some]
+    for name in {one for some in parts.values() for one in some}.difference(names):
+        raise CheckpointError(f"the checkpoint does not have {name} quantized, but other experts")
     modules = dict(skeleton.named_modules())
     tied = skeleton.all_tied_weights_keys
     shared = {*tied.keys(), *tied.values()}
     for name in names:
+        if any(name.startswith(f"{one.name}.") for one in splits):
+            continue
         if name not in modules or not is_linear(modules[name]):
             raise CheckpointError(
                 f"the checkpoint has {name} quantized, and the model has no such linear: it is of "
-                "another model, or of one whose experts are no linears in transformers"
+                "another model"
             )
         if f"{name}.weight" in shared:
             raise CheckpointError(f"the checkpoint has {name} quantized, whose weight is tied")
-    return {name: modules[name] for name in names}
+        parts[name] = [name]
+    return parts
+
+
+def _parts_of_experts(skeleton: Any) -> dict[str, list[str]]:
+    """By the name of a tensor of all experts: what files call the linears of an expert whose rows
+    it has, one after the other."""
+    found = {}
+    for one in get_model_conversion_mapping(skeleton, add_legacy=False):
+        if isinstance(one, WeightConverter) and "experts" in one.target_patterns[0]:
+            stack = one.target_patterns[0].rpartition(".")[2]
+            found[stack] = [source.split(".")[-2] for source in one.source_patterns]
+    return found
 
 
 def _plain_tensors(
-    skeleton: Any, files: Mapping[str, Tensor], linears: Mapping[str, nn.Module]
+    skeleton: Any,
+    files: Mapping[str, Tensor],
+    linears: Mapping[str, nn.Module],
+    names: Collection[str],
 ) -> dict[str, Tensor]:
-    """All that belongs to no packed weight; it must be what the model has beside them."""
+    """All that belongs to no packed weight; it must be what the model has beside them.
+
+    names: of the packed linears in files.
+    """
+    names = set(names)
     expected = untied(skeleton, skeleton.state_dict())
     # scales of a KV cache in FP8, and what transformers passes over too
     ignored = [r"\.[kv]_scale$", r"rotary_emb\.inv_freq$"]
@@ -153,14 +215,14 @@ def _plain_tensors(
     tensors: dict[str, Tensor] = {}
     for name in files:
         module, _, field = name.rpartition(".")
-        of_packed = module in linears and field != "bias"
+        of_packed = module in names and field != "bias"
         if of_packed or name in skeleton.all_tied_weights_keys:
             continue
         if name not in expected and any(re.search(one, name) for one in ignored):
             continue
         tensor = files[name]
         # AutoGPTQ writes biases of zeros for linears that have none
-        if module in linears and name not in expected and not bool(tensor.any()):
+        if module in names and name not in expected and not bool(tensor.any()):
             continue
         tensors[name] = tensor
     packed = {f"{name}.weight" for name in linears}
@@ -170,12 +232,27 @@ def _plain_tensors(
     return tensors
 
 
+_Linear = Int4Linear | BlockLinear
+
+
 def _read(
-    quantization: Mapping[str, Any], files: Mapping[str, Tensor], linears: Mapping[str, nn.Module]
-) -> Iterator[tuple[str, Int4Linear | BlockLinear]]:
-    for name, linear in read_linears(quantization, files):
-        shape, wanted = linear.shape, shape_of(linears[name])
-        if shape != wanted:
+    quantization: Mapping[str, Any],
+    files: Mapping[str, Tensor],
+    parts: Mapping[str, Sequence[str]],
+    linears: Mapping[str, nn.Module],
+) -> Iterator[tuple[str, list[_Linear]]]:
+    """The model's linears, each in its parts."""
+    whole = {part: name for name, some in parts.items() for part in some}
+    arrived: dict[str, _Linear] = {}
+    for part, linear in read_linears(quantization, files):
+        arrived[part] = linear
+        name = whole[part]
+        if not arrived.keys() >= set(parts[name]):
+            continue
+        some = [arrived.pop(one) for one in parts[name]]
+        widths = {one.shape[1] for one in some}
+        shape, wanted = (sum(one.shape[0] for one in some), max(widths)), shape_of(linears[name])
+        if shape != wanted or len(widths) > 1:
             raise CheckpointError(
                 f"{name} is {shape} in the checkpoint, and {wanted} by its config.json: it is of "
                 "another model"
@@ -184,12 +261,10 @@ def _read(
             raise CheckpointError(
                 f"{name} has {shape[1]} input channels, fewer than a group of {linear.group_size}"
             )
-        yield name, linear
+        yield name, some
 
 
-def _dtype(
-    asked: torch.dtype | str | None, config: Any, linear: Int4Linear | BlockLinear
-) -> torch.dtype:
+def _dtype(asked: torch.dtype | str | None, config: Any, linear: _Linear) -> torch.dtype:
     """What transformers will load it in: a float32 copy of the whole model is not made before."""
     if asked is None or asked == "auto":
         of_scales = linear.scale.dtype if isinstance(linear, Int4Linear) else torch.bfloat16
@@ -202,7 +277,7 @@ _Packed = dict[str, tuple[GroupedWeight, Tensor | None]]
 """Name -> weight, and the order of its channels."""
 
 
-def _pack(linears: Iterable[tuple[str, Int4Linear | BlockLinear]]) -> tuple[Scheme, _Packed]:
+def _pack(linears: Iterable[tuple[str, Sequence[_Linear]]]) -> tuple[Scheme, _Packed]:
     """The linears as `QuantizedLinear` holds them, and the scheme that describes them.
 
     A scheme is of the whole model: if one linear has zero points or an order, all get them.
@@ -210,17 +285,17 @@ def _pack(linears: Iterable[tuple[str, Int4Linear | BlockLinear]]) -> tuple[Sche
     packed: _Packed = {}
     widths: dict[str, int] = {}
     group_size, format = 0, "int"
-    for name, linear in linears:
-        packed[name] = linear.packed(), linear.order
+    for name, parts in linears:
+        packed[name] = _joined(name, parts)
+        linear = parts[0]
         widths[name], group_size, format = linear.shape[1], linear.group_size, linear.format
     if format != "int":
         return Scheme.of(format), packed
     symmetric = all(weight.zero_point is None for weight, _ in packed.values())
     act_order = any(order is not None for _, order in packed.values())
     for name, (weight, order) in packed.items():
-        if not symmetric and weight.zero_point is None:
-            zero_point = torch.zeros_like(weight.weight_scale, dtype=torch.int8)
-            weight = weight._replace(zero_point=zero_point)
+        if not symmetric:
+            weight = _with_zero_point(weight)
         if act_order:
             order = torch.arange(widths[name]) if order is None else order
             order = order.to(torch.int32)
@@ -235,6 +310,28 @@ def _pack(linears: Iterable[tuple[str, Int4Linear | BlockLinear]]) -> tuple[Sche
         act_order=act_order,
     )
     return scheme, packed
+
+
+def _joined(name: str, parts: Sequence[_Linear]) -> tuple[GroupedWeight, Tensor | None]:
+    order, weights = parts[0].order, [one.packed() for one in parts]
+    if len(parts) == 1:
+        return weights[0], order
+    for one in parts:
+        if _listed(one.order) != _listed(order):
+            raise CheckpointError(f"{name}: its gate and up have channels in different orders")
+    if any(one.zero_point is not None for one in weights):
+        weights = [_with_zero_point(one) for one in weights]
+    return concatenate_rows(weights), order
+
+
+def _listed(order: Tensor | None) -> list[int] | None:
+    return None if order is None else order.tolist()
+
+
+def _with_zero_point(weight: GroupedWeight) -> GroupedWeight:
+    if weight.zero_point is not None:
+        return weight
+    return weight._replace(zero_point=torch.zeros_like(weight.weight_scale, dtype=torch.int8))
 
 
 def _group(

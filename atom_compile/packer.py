@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -31,24 +32,37 @@ Linears = Mapping[str, nn.Module]
 
 @dataclass(frozen=True)
 class Plan:
-    """See `Quantized`."""
+    """See `Quantized`. uncalibrated: names of linears that a recipe need not know."""
 
     groups: tuple[tuple[str, ...], ...]
     left: dict[str, str] = field(default_factory=dict)
+    uncalibrated: frozenset[str] = frozenset()
+
+    def options_of(self, group: Sequence[str], options: Options) -> Options:
+        """For `pack_group`."""
+        return _without_recipe(options) if self.uncalibrated.issuperset(group) else options
+
+
+def _without_recipe(options: Options) -> Options:
+    return dataclasses.replace(options, recipe=None)
 
 
 def make_plan(
     model: nn.Module,
     options: Options,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    uncalibrated: Collection[str] = (),
 ) -> Plan:
-    """What `quantize` will do; nothing is changed, and no weight is read: it may be on meta."""
+    """What `quantize` will do; nothing is changed, and no weight is read: it may be on meta.
+
+    uncalibrated: names of linears for which a recipe is not asked.
+    """
     left: dict[str, str] = {}
     linears: dict[str, nn.Module] = {}
     shared = _shared_parameters(model)
     for name, module in model.named_modules():
         if is_linear(module):
-            reason = _reason_to_leave(name, module, shared)
+            reason = _reason_to_leave(name, module, shared) or _reason_of_place(model, name)
             if reason:
                 left[f"{name}.weight"] = reason
             else:
@@ -56,14 +70,15 @@ def make_plan(
     head_modules = _heads(model)
     groups: list[tuple[str, ...]] = []
     for readers in find_readers(model, linears, options.recipe, example_inputs):
-        plans = _plan_readers({name: linears[name] for name in readers}, options, head_modules)
+        calibrated = options if readers[0] not in uncalibrated else _without_recipe(options)
+        plans = _plan_readers({name: linears[name] for name in readers}, calibrated, head_modules)
         alike: dict[Any, list[str]] = defaultdict(list)
         for name, plan in plans.items():
             if plan.transform is None:
                 left[f"{name}.weight"] = str(plan.reason)
             else:
-                if options.recipe is not None:
-                    options.recipe.name_of(weight_of(linears[name]), f"{name}.weight")
+                if calibrated.recipe is not None:
+                    calibrated.recipe.name_of(weight_of(linears[name]), f"{name}.weight")
                 alike[plan.activation_clip, plan.int8_groups].append(name)
         groups += [tuple(names) for names in alike.values()]
     quantized = {f"{name}.weight" for group in groups for name in group}
@@ -71,7 +86,7 @@ def make_plan(
         if parameter.dim() > 1 and name not in quantized:
             owner = model.get_submodule(name.rpartition(".")[0])
             left.setdefault(name, f"it belongs to a {type(owner).__name__}, not to a linear")
-    return Plan(tuple(groups), left)
+    return Plan(tuple(groups), left, frozenset(uncalibrated))
 
 
 def pack_group(linears: Linears, options: Options) -> dict[str, QuantizedLinear]:
@@ -192,6 +207,11 @@ def _reason_to_leave(name: str, module: nn.Module, shared: Mapping[str, str]) ->
     if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks, or a forward of its own"
     return None
+
+
+def _reason_of_place(model: nn.Module, name: str) -> str | None:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return "it is beside experts, and chooses among them" if "experts" in owner._modules else None
 
 
 def _heads(model: nn.Module) -> tuple[nn.Module, ...]:

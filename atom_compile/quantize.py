@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from .errors import NothingRewrittenError, OptionError, TrainingModeError
+from .experts import plan_with_experts
 from .options import Options
-from .packer import Places, make_plan, pack_group, weight_of
+from .packer import Places, pack_group, weight_of
 from .progress import track
 from .quantized_linear import QuantizedLinear
 from .recipe import Recipe
@@ -59,8 +60,9 @@ def quantize(
     with any backend, and `backend="atom"` fuses it as it does a 16-bit model. A model of
     transformers can be saved with `save_pretrained` and loaded with `from_pretrained`.
 
-    Quantized are modules that are `nn.Linear` or transformers' `Conv1D`. All others, weights that
-    several modules share, and heads are left alone and reported.
+    Quantized are modules that are `nn.Linear` or transformers' `Conv1D`, and the experts of
+    transformers' mixtures, which get linears of their own and are rounded to nearest (experts.py).
+    All others, weights that several modules share, and heads are left alone and reported.
 
     model: in eval mode, on any device.
     recipe: a `Recipe`, a `Scheme`, a preset's name, or the path of a recipe (`.safetensors`).
@@ -76,19 +78,23 @@ def quantize(
     if model.training:
         raise TrainingModeError("the model is in training mode; call model.eval() first")
     options = parse_options(recipe, include_head, skip)
-    plan = make_plan(model, options, example_inputs)
+    plan, splits = plan_with_experts(model, options, example_inputs)
     if not plan.groups:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in list(plan.left.items())[:8])
         raise NothingRewrittenError(f"not one linear of the model can be quantized:\n{reasons}")
+    for split in splits:
+        split.release()
     places = Places(model)
     before = after = 0
     for group in track(plan.groups, "quantizing", shown=progress):
         linears = {name: model.get_submodule(name) for name in group}
         before += sum(weight_of(linear).nbytes for linear in linears.values())
-        packed = pack_group(linears, options)
+        packed = pack_group(linears, plan.options_of(group, options))
         for name, linear in packed.items():
             places.replace(linears.pop(name), linear)
         after += sum(_bytes(linear) for linear in packed.values())
+    for split in splits:
+        split.settle()
     done = Quantized(plan.groups, plan.left, before, after)
     if "transformers" in sys.modules:
         from .transformers_quantizer import attach

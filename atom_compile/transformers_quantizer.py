@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +20,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from .checkpoint import Contents, read_contents
 from .errors import CheckpointError, OptionError
+from .experts import plan_with_experts, put, split_experts
 from .kernels.packing import GroupedWeight
 from .options import Options
 from .packer import (
     Places,
     input_format,
     is_linear,
-    make_plan,
     pack_group,
     packed_on_meta,
     shape_of,
@@ -78,6 +79,7 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                     "config.json says that the model is packed, but not which linears: it was "
                     "changed, or not written to its end"
                 )
+            _split_packed_experts(model, config)
             if config.reading is not None:
                 config.reading.begin_if_ready()
                 self._files = config.reading.files
@@ -207,13 +209,18 @@ class _Packer:
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        plan = make_plan(model, options)
-        self.groups = plan.groups
+        plan, self._splits = plan_with_experts(model, options)
+        self._plan, self.groups = plan, plan.groups
+        self._model = model
+        self._stacks = {name: split for split in self._splits for name in split.stacks}
         self.weights = {f"{name}.weight" for group in plan.groups for name in group}
+        self.weights |= self._stacks.keys()
         self._options = options
         self._places = Places(model)
         self._group_of = {name: group for group in plan.groups for name in group}
-        self._linears = {name: model.get_submodule(name) for name in self._group_of}
+        of_experts = {name for one in self._splits for name in chain(*one.stacks.values())}
+        names = self._group_of.keys() | of_experts
+        self._linears = {name: model.get_submodule(name) for name in names}
         self._arrived: set[str] = set()
         before = after = 0
         for linear in self._linears.values():
@@ -221,15 +228,28 @@ class _Packer:
             before += packed.in_features * packed.out_features
             after += sum(one.nbytes for one in packed.packed if one is not None)
         self.bytes_per_weight = after / max(before, 1)
+        put(model, self._splits, split=False)  # as transformers knows them, until they are loaded
 
     def take(self, parameter: str, weight: Tensor) -> None:
-        name = parameter.removesuffix(".weight")
+        """A linear's, or that of all experts of a layer."""
+        if parameter not in self._stacks:
+            self._take(parameter.removesuffix(".weight"), weight)
+            return
+        split = self._stacks[parameter]
+        for name, rows in zip(split.stacks[parameter], split.rows(weight), strict=True):
+            self._take(name, rows)
+
+    def _take(self, name: str, weight: Tensor) -> None:
         self._linears[name].weight = nn.Parameter(weight, requires_grad=False)
+        if name not in self._group_of:  # an expert's that stays as it is
+            _mark_initialized(self._linears.pop(name))
+            return
         self._arrived.add(name)
         group = self._group_of[name]
         if not self._arrived.issuperset(group):
             return
-        packed = pack_group({one: self._linears[one] for one in group}, self._options)
+        options = self._plan.options_of(group, self._options)
+        packed = pack_group({one: self._linears[one] for one in group}, options)
         for one, linear in packed.items():
             _mark_initialized(linear)
             self._places.replace(self._linears.pop(one), linear)
@@ -239,6 +259,11 @@ class _Packer:
         if self._linears:
             missing = next(name for name in self._linears if name not in self._arrived)
             raise CheckpointError(f"the 16-bit checkpoint lacks {missing}.weight")
+        put(self._model, self._splits, split=True)
+        for split in self._splits:
+            split.load_biases()
+            split.settle()
+            split.release()
 
 
 def _mark_initialized(module: nn.Module) -> None:
@@ -282,6 +307,15 @@ def _find_packed(model: nn.Module, config: AtomConfig) -> Iterator[_Packed]:
             numbers = choice["activation_clip"], choice["int8_groups"]
             form = input_format(scheme, like.in_features, *numbers)
         yield _Packed(name, linear, like, form)
+
+
+def _split_packed_experts(model: nn.Module, config: AtomConfig) -> None:
+    packed = [name for group in config.linears or [] for name in group]
+    splits = split_experts(model)
+    put(model, [one for one in splits if not one.is_named(packed)], split=False)
+    for one in splits:
+        if one.is_named(packed):
+            one.release()
 
 
 def _hold_packed(model: nn.Module, config: AtomConfig) -> None:

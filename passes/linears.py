@@ -24,6 +24,7 @@ class FoundLinear:
     transposed: bool
     name: str
     is_head: bool
+    is_router: bool = False  # its outputs are scores of experts, of which `topk` chooses
 
     @property
     def in_features(self) -> int:
@@ -38,6 +39,7 @@ def find_linears(gm: GraphModule, names: Mapping[Node, str]) -> list[FoundLinear
     """All, in graph order, rewritable or not. `names`: weight placeholder -> parameter name."""
     operands = {node: found for node in gm.graph.nodes if (found := _operands(node))}
     read_on = _read_by_one_of(gm.graph, operands)
+    ranked = _read_by_topk(gm.graph, operands)
     tables = {
         tuple(value(node.args[1]).shape)
         for node in gm.graph.nodes
@@ -46,8 +48,12 @@ def find_linears(gm: GraphModule, names: Mapping[Node, str]) -> list[FoundLinear
     linears = []
     for node, (x, weight, bias, transposed) in operands.items():
         name = names.get(weight, weight.name)
-        is_head = node not in read_on and _looks_like_a_head(weight, transposed, tables)
-        linears.append(FoundLinear(node, x, weight, bias, transposed, name, is_head))
+        shape = tuple(value(weight).shape)
+        is_head = node not in read_on and _looks_like_a_head(
+            shape[::-1] if transposed else shape, name, tables
+        )
+        is_router = node in ranked
+        linears.append(FoundLinear(node, x, weight, bias, transposed, name, is_head, is_router))
     return linears
 
 
@@ -60,10 +66,23 @@ def _read_by_one_of(graph: Graph, linears: Container[Node]) -> set[Node]:
     return found
 
 
-def _looks_like_a_head(weight: Node, transposed: bool, tables: set[tuple[int, ...]]) -> bool:
-    """It has the shape of an embedding table or, where the graph has no table, is wide."""
-    N, K = value(weight).shape[::-1] if transposed else value(weight).shape
-    return (N, K) in tables or (not tables and N >= 8 * K)
+def _read_by_topk(graph: Graph, linears: Container[Node]) -> set[Node]:
+    """The nodes whose value reaches a `topk` without one of `linears` in between."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        readers = (user for user in node.users if user not in linears)
+        if any(is_call(user, torch.topk, "topk") or user in found for user in readers):
+            found.add(node)
+    return found
+
+
+def _looks_like_a_head(shape: tuple[int, ...], name: str, tables: set[tuple[int, ...]]) -> bool:
+    """It has the shape of an embedding table or, where the graph has no table, is wide or called
+    as transformers calls it."""
+    if tables:
+        return shape in tables
+    N, K = shape
+    return N >= 8 * K or f".{name}".endswith(".lm_head.weight")
 
 
 def _operands(node: Node) -> tuple[Node, Node, Node | None, bool] | None:

@@ -90,6 +90,8 @@ def _chosen_to_leave(
             return f"option skip={pattern!r}"
     if linear.is_head and not include_head:
         return "it is the output head (option include_head=True quantizes it)"
+    if linear.is_router:
+        return "it chooses experts, by the largest of its outputs"
     choice = _choice(linear, recipe)
     if choice is not None and choice.keep:
         return f"calibration keeps it: {choice.reason}"

@@ -1,0 +1,182 @@
+"""Mixtures of experts: transformers keeps a weight of all experts of a layer in one tensor.
+
+Packed are linears, so each expert gets its own: views of that tensor, which is freed when the last
+of them is packed. Checkpoints have them by the same names, `experts.3.gate_up` and
+`experts.3.down`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .options import Options
+from .packer import Places, Plan, make_plan
+
+
+class Expert(nn.Module):
+    """x (tokens, hidden) -> (tokens, hidden). gate_up has no gate where the model's experts have
+    none."""
+
+    def __init__(self, gate_up: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+
+
+class ExpertLinears(nn.ModuleList):
+    """What transformers' module of experts computes, expert by expert.
+
+    hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, experts of a token) ->
+    (tokens, hidden). Which experts are called depends on the numbers: a compiler leaves the loop
+    over them as it is, and compiles what is before and after it.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        ups, downs = _linears(experts, _first(experts)), _linears(experts, "down_proj")
+        super().__init__(Expert(*both) for both in zip(ups, downs, strict=True))
+        # of the module that this one replaces, which is left without weights
+        self.activation = experts._apply_gate if experts.has_gate else experts.act_fn
+        self.train(experts.training)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden_states)
+        for number in top_k_index.unique().tolist():
+            if number >= len(self):  # stands for an expert that is elsewhere
+                continue
+            expert: Any = self[number]
+            token, slot = torch.where(top_k_index == number)
+            inner = self.activation(expert.gate_up(hidden_states[token]))
+            weighted = expert.down(inner) * top_k_weights[token, slot, None]
+            out.index_add_(0, token, weighted.to(out.dtype))
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A module of experts by its name, and what takes its place."""
+
+    name: str
+    experts: Any
+    linears: ExpertLinears
+
+    @property
+    def stacks(self) -> dict[str, list[str]]:
+        """The names of the linears whose weights lie in one tensor, by its name."""
+        numbers = range(len(self.linears))
+        return {
+            f"{self.name}.{stack}": [f"{self.name}.{number}.{linear}" for number in numbers]
+            for stack, linear in ((_first(self.experts), "gate_up"), ("down_proj", "down"))
+        }
+
+    def rows(self, stack: Iterable[Tensor]) -> list[Tensor]:
+        """Of a tensor of all experts each one's, as a linear has it; or the reverse of it."""
+        return [one.t() if self.experts.is_transposed and one.dim() > 1 else one for one in stack]
+
+    def stacked(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of all experts, of those of each, which it takes out of `tensors`."""
+        stacks = {}
+        for stack, names in self.stacks.items():
+            rows = [tensors.pop(f"{name}.weight") for name in names]
+            stacks[stack] = torch.stack(self.rows(rows))
+        return stacks
+
+    def load_biases(self) -> None:
+        """Those that the module which was replaced has got by now."""
+        for stack, names in self.stacks.items() if self.experts.has_bias else ():
+            biases = self.experts.get_parameter(f"{stack.rpartition('.')[2]}_bias")
+            for name, bias in zip(names, self.rows(biases), strict=True):
+                linear: Any = self.linears.get_submodule(name.removeprefix(f"{self.name}."))
+                linear.bias = _owned(bias)
+
+    def is_named(self, linears: Collection[str]) -> bool:
+        """Whether one of its linears is among those."""
+        return any(name.startswith(f"{self.name}.") for name in linears)
+
+    def release(self) -> None:
+        """The module that was replaced holds its weights no longer."""
+        self.experts._parameters.clear()
+
+    def settle(self) -> None:
+        """Weights that were not packed get memory of their own: else all would be held."""
+        for linear in self.linears.modules():
+            if isinstance(linear, nn.Linear):
+                linear.weight = _owned(linear.weight)
+
+
+def split_experts(model: nn.Module) -> list[Split]:
+    """Replaces all modules of experts; nothing is copied."""
+    found = [(name, module) for name, module in model.named_modules() if _is_experts(module)]
+    splits = [Split(name, module, ExpertLinears(module)) for name, module in found]
+    put(model, splits, split=True)
+    return splits
+
+
+def put(model: nn.Module, splits: Sequence[Split], *, split: bool) -> None:
+    """Has the linears in the model, or the modules that they were."""
+    places = Places(model)
+    for one in splits:
+        old, new = (one.experts, one.linears) if split else (one.linears, one.experts)
+        places.replace(old, new)
+
+
+def plan_with_experts(
+    model: nn.Module,
+    options: Options,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+) -> tuple[Plan, list[Split]]:
+    """`make_plan`, and the modules of experts that it packs something of, which are split then.
+
+    A recipe says nothing of experts, which are rounded to nearest.
+    """
+    splits = split_experts(model)
+    linears = [name for one in splits for stack in one.stacks.values() for name in stack]
+    try:
+        plan = make_plan(model, options, example_inputs, linears)
+    except BaseException:
+        put(model, splits, split=False)
+        raise
+    packed = [name for group in plan.groups for name in group]
+    whole = [one for one in splits if not one.is_named(packed)]
+    if whole:
+        put(model, whole, split=False)
+        plan = make_plan(model, options, example_inputs, linears)
+    return plan, [one for one in splits if one not in whole]
+
+
+def _is_experts(module: Any) -> bool:
+    """As transformers' `use_experts_implementation` marks them."""
+    if not hasattr(module, "is_transposed") or "forward" in module.__dict__:
+        return False
+    stacks = (getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj"))
+    held = [one for one in stacks if isinstance(one, nn.Parameter) and one.dim() == 3]
+    return len(held) == 2
+
+
+def _first(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _linears(experts: Any, name: str) -> list[nn.Linear]:
+    """Of each expert, its rows of the tensor."""
+    stack = getattr(experts, name)
+    biases = getattr(experts, f"{name}_bias") if experts.has_bias else [None] * len(stack)
+    made = []
+    for weight, bias in zip(stack, biases, strict=True):
+        weight = weight.t() if experts.is_transposed else weight
+        out_features, in_features = weight.shape
+        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        if bias is not None:
+            linear.bias = _owned(bias)
+        made.append(linear)
+    return made
+
+
+def _owned(tensor: Tensor) -> nn.Parameter:
+    copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(copied, requires_grad=False)

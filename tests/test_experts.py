@@ -1,0 +1,261 @@
+"""Mixtures of experts: packed, saved, loaded and compiled expert by expert."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from atom_compile import AtomConfig, calibrate, load, quantize, save
+from atom_compile.errors import CheckpointError, NothingRewrittenError
+from atom_compile.experts import ExpertLinears, split_experts
+from atom_compile.quantized_linear import QuantizedLinear
+
+from .capturing import rewrites, token_batch
+from .test_int4_models import PACKERS, Rounded, change_config, change_tensors, logits, settings
+
+COMMON = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 96,
+    "num_experts_per_tok": 2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 128},
+    # transposed weights, biases, gate and up in turns
+    "GptOss": {"num_local_experts": 4, "pad_token_id": 0},
+}
+LINEARS = 4 + 2 * 4  # of attention, and of four experts
+
+
+def mixture(family: str) -> Any:
+    """float32, eval mode, every parameter random."""
+    config = getattr(transformers, f"{family}Config")(**COMMON, **FAMILIES[family])
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def experts_of(model: Any) -> Any:
+    return model.model.layers[0].mlp.experts
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_linears_of_each_expert_compute_what_the_tensor_of_all_does(family: str) -> None:
+    model = mixture(family)
+    split = copy.deepcopy(model)
+    split_experts(split)
+    assert isinstance(experts_of(split), ExpertLinears)
+    torch.testing.assert_close(logits(split), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_an_expert_that_is_elsewhere_adds_nothing() -> None:
+    model = mixture("Mixtral")
+    (split,) = split_experts(model)
+    x, weights = torch.randn(5, 256), torch.ones(5, 1)
+    nowhere = torch.full((5, 1), len(split.linears))
+    assert not split.linears(x, nowhere, weights).any()
+    assert split.linears(x[:0], nowhere[:0], weights[:0]).shape == (0, 256)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a16", "w6a8"])
+def test_experts_are_packed_and_come_back_from_files(
+    family: str, scheme: str, tmp_path: Path
+) -> None:
+    model = mixture(family)
+    model.save_pretrained(tmp_path / "plain")
+    done = quantize(model, scheme, progress=False)
+    assert sum(map(len, done.groups)) == LINEARS
+    assert not [name for name in done.left if "experts" in name]
+    experts = experts_of(model)
+    assert isinstance(experts[3].gate_up, QuantizedLinear)
+    assert not list(experts.activation.__self__.parameters())  # the 16-bit weights are gone
+    want = logits(model)
+    save(model, tmp_path / "packed")
+    assert torch.equal(logits(load(tmp_path / "packed")), want)
+    loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=AtomConfig(scheme)
+    )
+    assert torch.equal(logits(loading), want)
+
+
+def test_a_recipe_leaves_experts_to_be_rounded_to_nearest(tmp_path: Path) -> None:
+    model = mixture("Qwen3Moe")
+    model.save_pretrained(tmp_path / "plain")
+    recipe = calibrate(model, [token_batch(1, 32)], progress=False)
+    done = quantize(model, recipe, progress=False)
+    assert sum(map(len, done.groups)) == LINEARS
+    loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=AtomConfig(recipe=recipe)
+    )
+    assert torch.equal(logits(loading), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("skip", "kept", "linears"), [("*.experts.*", True, 4), ("*.down.weight", False, 8)]
+)
+def test_what_is_skipped_stays_in_its_own_precision(
+    family: str, skip: str, kept: bool, linears: int, tmp_path: Path
+) -> None:
+    model = mixture(family)
+    model.save_pretrained(tmp_path / "plain")
+    kind = type(experts_of(model))
+    done = quantize(model, "w4a16", skip=[skip], progress=False)
+    assert sum(map(len, done.groups)) == linears
+    assert isinstance(experts_of(model), kind) == kept
+    save(model, tmp_path / "packed")
+    assert torch.equal(logits(load(tmp_path / "packed")), logits(model))
+    loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=AtomConfig("w4a16", skip=[skip])
+    )
+    assert torch.equal(logits(loading), logits(model))
+
+
+def test_a_model_of_which_nothing_is_packed_is_as_it_was() -> None:
+    model = mixture("Mixtral")
+    kind, want = type(experts_of(model)), logits(model)
+    with pytest.raises(NothingRewrittenError):
+        quantize(model, skip=["*"], progress=False)
+    assert isinstance(experts_of(model), kind) and torch.equal(logits(model), want)
+
+
+def test_compiled_it_computes_the_same(family: str) -> None:
+    model = mixture(family)
+    quantize(model, "w4a16", progress=False)
+    want = logits(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="atom")
+    torch.testing.assert_close(logits(compiled), want, rtol=1e-4, atol=1e-5)
+
+
+class Routed(nn.Module):
+    """A router and a linear that no choice depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.up = nn.Linear(256, 128), nn.Linear(256, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, experts = F.linear(x, self.router.weight).softmax(-1).topk(2)
+        return self.up(x) * scores.sum(-1, keepdim=True) + experts.sum(-1, keepdim=True)
+
+
+def test_the_backend_leaves_what_chooses_experts() -> None:
+    (run,) = rewrites(Routed().eval(), torch.randn(3, 256))
+    reasons = {plan.found.name: plan.reason for plan in run.planned}
+    assert reasons == {
+        "router.weight": "it chooses experts, by the largest of its outputs",
+        "up.weight": None,
+    }
+
+
+def test_quantize_leaves_a_linear_beside_experts() -> None:
+    model = nn.Module()
+    model.gate, model.experts = nn.Linear(256, 8), nn.ModuleList([nn.Linear(256, 256)])
+    done = quantize(model.eval(), progress=False)
+    assert done.groups == (("experts.0",),)
+    assert done.left["gate.weight"] == "it is beside experts, and chooses among them"
+
+
+NAMES = {"Mixtral": ("w1", "w3", "w2"), "Qwen3Moe": ("gate_proj", "up_proj", "down_proj")}
+
+
+def write_theirs(path: Path, family: str, method: str, act_order: bool, symmetric: bool) -> Any:
+    """A mixture in another's format, as its authors name tensors; what its weights stand for."""
+    gate, up, down = NAMES[family]
+    model = mixture(family)
+    model.save_pretrained(path)
+    split_experts(model)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        is_packed = ".experts." in name or ("self_attn" in name and "_proj" in name)
+        if not is_packed:
+            tensors[name] = parameter.data
+            continue
+        groups = torch.arange(256 if parameter.shape[1] == 256 else 128) // 64
+        if act_order:
+            generator = torch.Generator().manual_seed(len(groups))
+            groups = groups[torch.randperm(len(groups), generator=generator)]
+        base = name.removesuffix(".weight")
+        its = {f"{base}": parameter.data}
+        if base.endswith("gate_up"):
+            halves = parameter.data.chunk(2)
+            its = {
+                base.replace("gate_up", one): w for one, w in zip((gate, up), halves, strict=True)
+            }
+        elif base.endswith(".down"):
+            its = {base.replace(".down", f".{down}"): parameter.data}
+        rounded = {one: Rounded(weight, groups, symmetric) for one, weight in its.items()}
+        parameter.data = torch.cat([one.weight for one in rounded.values()])
+        for linear, one in rounded.items():
+            fields = PACKERS[method](one)
+            tensors |= {f"{linear}.{field}": tensor for field, tensor in fields.items()}
+    if family == "Mixtral":
+        tensors = {name.replace(".mlp.", ".block_sparse_moe."): t for name, t in tensors.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    change_config(path, quantization_config=settings(method, 64))
+    return model
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize(
+    ("method", "act_order", "symmetric"),
+    [("gptq", True, False), ("awq", False, False), ("compressed-tensors", True, True)],
+)
+def test_checkpoints_of_others(
+    family: str, method: str, act_order: bool, symmetric: bool, tmp_path: Path
+) -> None:
+    want = write_theirs(tmp_path / "theirs", family, method, act_order, symmetric)
+    model = load(tmp_path / "theirs")
+    assert isinstance(experts_of(model)[0].gate_up, QuantizedLinear)
+    torch.testing.assert_close(logits(model), logits(want), rtol=1e-4, atol=1e-5)
+    save(model, tmp_path / "ours")
+    assert torch.equal(logits(load(tmp_path / "ours")), logits(model))
+    dense = load(tmp_path / "theirs", dequantize=True)
+    assert not isinstance(experts_of(dense), ExpertLinears)
+    torch.testing.assert_close(logits(dense), logits(want), rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_that_the_checkpoint_lacks_is_named(tmp_path: Path) -> None:
+    write_theirs(tmp_path, "Qwen3Moe", "awq", False, False)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "experts.2.up_proj" in name]:
+            del tensors[name]
+
+    change_tensors(tmp_path, change)
+    with pytest.raises(CheckpointError, match=r"does not have .*experts\.2\.up_proj quantized"):
+        load(tmp_path)
+
+
+def test_gate_and_up_in_different_orders_are_refused(tmp_path: Path) -> None:
+    write_theirs(tmp_path, "Qwen3Moe", "gptq", True, False)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        name = "model.layers.0.mlp.experts.1.up_proj.g_idx"
+        tensors[name] = tensors[name].flip(0)
+
+    change_tensors(tmp_path, change)
+    with pytest.raises(CheckpointError, match=r"experts\.1\.gate_up: .* different orders"):
+        load(tmp_path)
