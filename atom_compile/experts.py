@@ -81,8 +81,11 @@ class Split:
         """The tensors of all experts, of those of each, which it takes out of `tensors`."""
         stacks = {}
         for stack, names in self.stacks.items():
-            rows = [tensors.pop(f"{name}.weight") for name in names]
-            stacks[stack] = torch.stack(self.rows(rows))
+            weights = [tensors.pop(f"{name}.weight") for name in names]
+            stacks[stack] = torch.stack(self.rows(weights))
+            if self.experts.has_bias:
+                biases = [tensors.pop(f"{name}.bias") for name in names]
+                stacks[f"{stack}_bias"] = torch.stack(biases)
         return stacks
 
     def load_biases(self) -> None:
@@ -92,10 +95,6 @@ class Split:
             for name, bias in zip(names, self.rows(biases), strict=True):
                 linear: Any = self.linears.get_submodule(name.removeprefix(f"{self.name}."))
                 linear.bias = _owned(bias)
-
-    def is_named(self, linears: Collection[str]) -> bool:
-        """Whether one of its linears is among those."""
-        return any(name.startswith(f"{self.name}.") for name in linears)
 
     def release(self) -> None:
         """The module that was replaced holds its weights no longer."""
@@ -108,10 +107,13 @@ class Split:
                 linear.weight = _owned(linear.weight)
 
 
-def split_experts(model: nn.Module) -> list[Split]:
-    """Replaces all modules of experts; nothing is copied."""
-    found = [(name, module) for name, module in model.named_modules() if _is_experts(module)]
-    splits = [Split(name, module, ExpertLinears(module)) for name, module in found]
+def split_experts(model: nn.Module, linears: Collection[str] | None = None) -> list[Split]:
+    """Replaces modules of experts: all, or those that have some of `linears`. Nothing is copied."""
+    splits = [
+        Split(name, module, ExpertLinears(module))
+        for name, module in model.named_modules()
+        if _is_experts(module) and (linears is None or _has_one_of(name, linears))
+    ]
     put(model, splits, split=True)
     return splits
 
@@ -141,7 +143,7 @@ def plan_with_experts(
         put(model, splits, split=False)
         raise
     packed = [name for group in plan.groups for name in group]
-    whole = [one for one in splits if not one.is_named(packed)]
+    whole = [one for one in splits if not _has_one_of(one.name, packed)]
     if whole:
         put(model, whole, split=False)
         plan = make_plan(model, options, example_inputs, linears)
@@ -155,6 +157,10 @@ def _is_experts(module: Any) -> bool:
     stacks = (getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj"))
     held = [one for one in stacks if isinstance(one, nn.Parameter) and one.dim() == 3]
     return len(held) == 2
+
+
+def _has_one_of(name: str, linears: Collection[str]) -> bool:
+    return any(linear.startswith(f"{name}.") for linear in linears)
 
 
 def _first(experts: Any) -> str:

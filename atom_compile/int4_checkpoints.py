@@ -1,4 +1,4 @@
-"""Checkpoints of others in 4 bits: GPTQ, AWQ, compressed-tensors and ModelOpt.
+"""Checkpoints of others in 4 bits: GPTQ, AWQ, compressed-tensors, ModelOpt and gpt-oss.
 
 INT4, as codes, scales and zero points:
 
@@ -30,6 +30,10 @@ NVFP4 and MXFP4, in blocks as kernels/block_formats.py has them:
             weight                 (N, K / 2)             uint8
             weight_scale           (N, K / 16)            float8_e4m3fn
             weight_scale_2         ()                     float32, which multiplies
+    gpt-oss ("mxfp4"), of all experts of a layer
+            gate_up_proj_blocks    (E, N, K / 32, 16)     uint8; down_proj_blocks too
+            gate_up_proj_scales    (E, N, K / 32)         uint8, as e8m0
+            gate_up_proj_bias      (E, N)
 
 What they have of activations is not read: those stay in 16 bits.
 
@@ -52,7 +56,7 @@ from .kernels.block_formats import BlockWeight, dequantize_blocks, to_grouped_we
 from .kernels.formats import BLOCK_FORMATS
 from .kernels.packing import GroupedWeight, GroupLayout, grouped_codes
 
-METHODS = ("gptq", "awq", "compressed-tensors", "modelopt")
+METHODS = ("gptq", "awq", "compressed-tensors", "modelopt", "mxfp4")
 """`quant_method` in config.json."""
 _PER_WORD = 8  # codes of an int32
 _AWQ_ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -189,6 +193,8 @@ def _reader(config: Mapping[str, Any]) -> tuple[str, _Read]:
     if method == "modelopt":
         _require("quant_algo", config.get("quant_algo"), ("NVFP4",))
         return ".weight_scale_2", _modelopt
+    if method == "mxfp4":
+        return ".weight_packed", _mxfp4
     _require("quant_method", method, METHODS)
     format = config.get("format")
     _require("format", format, ("pack-quantized", *_BLOCK_READERS))

@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from .checkpoint import Contents
 from .errors import CheckpointError
-from .experts import Split, put, split_experts
+from .experts import Split, split_experts
 from .int4_checkpoints import BlockLinear, Int4Linear, find_quantized, read_linears
 from .kernels.packing import GroupedWeight, concatenate_rows
 from .packer import find_readers, is_linear, shape_of
@@ -52,8 +52,10 @@ def load_int4(
     with torch.device("meta"):
         skeleton = architecture(config)
     files.rename(skeleton)
+    if quantization.get("quant_method") == "mxfp4":
+        files.unstack()
     names = find_quantized(quantization, files)
-    splits = _split_quantized_experts(skeleton, names)
+    splits = split_experts(skeleton, names)
     parts = _find_parts(skeleton, splits, names)
     linears = {name: skeleton.get_submodule(name) for name in parts}
     tensors = _plain_tensors(skeleton, files, linears, names)
@@ -92,8 +94,8 @@ def load_int4(
 class _Files(Mapping[str, Tensor]):
     """The tensors of a directory's safetensors files, each read when it is looked up."""
 
-    # name here -> file, and the name in it
-    _files: dict[str, tuple[Any, str]]
+    # name here -> file, the name in it, and the expert, if it has one tensor for all
+    _files: dict[str, tuple[Any, str, int | None]]
 
     def __init__(self, path: Path) -> None:
         self._files = {}
@@ -109,7 +111,7 @@ class _Files(Mapping[str, Tensor]):
                     f"{file.name} is damaged or cut short ({error}): copy it again"
                 ) from error
             names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
-            self._files |= {name: (opened, name) for name in names}
+            self._files |= {name: (opened, name, None) for name in names}
 
     def rename(self, model: Any) -> None:
         """Gives tensors the names that transformers gives them in that model."""
@@ -119,16 +121,40 @@ class _Files(Mapping[str, Tensor]):
             rename_source_key(name, renamings, [])[0]: found for name, found in self._files.items()
         }
 
+    def unstack(self) -> None:
+        """gpt-oss's experts, as compressed-tensors would have their linears in MXFP4."""
+        for name in list(self._files):
+            if (found := _STACK.fullmatch(name)) is None:
+                continue
+            file, stored, _ = self._files.pop(name)
+            linear, field = _UNSTACKED[found["linear"]], _UNSTACKED[found["field"]]
+            for number in range(file.get_slice(stored).get_shape()[0]):
+                one = f"{found['experts']}.{number}.{linear}.{field}"
+                self._files[one] = file, stored, number
+
     def __getitem__(self, name: str) -> Tensor:
-        file, stored = self._files[name]
-        tensor: Tensor = file.get_tensor(stored)
-        return tensor
+        file, stored, number = self._files[name]
+        if number is None:
+            tensor: Tensor = file.get_tensor(stored)
+            return tensor
+        rows: Tensor = file.get_slice(stored)[number]
+        return rows.flatten(1) if name.endswith(".weight_packed") else rows
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+_STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<linear>\w+_proj)_(?P<field>blocks|scales|bias)")
+_UNSTACKED = {
+    "gate_up_proj": "gate_up",
+    "down_proj": "down",
+    "blocks": "weight_packed",
+    "scales": "weight_scale",
+    "bias": "bias",
+}
 
 
 def _list_files(path: Path) -> list[Path]:
@@ -147,12 +173,6 @@ def _list_files(path: Path) -> list[Path]:
     return files
 
 
-def _split_quantized_experts(skeleton: Any, names: Sequence[str]) -> list[Split]:
-    splits = split_experts(skeleton)
-    put(skeleton, [one for one in splits if not one.is_named(names)], split=False)
-    return [one for one in splits if one.is_named(names)]
-
-
 def _find_parts(
     skeleton: Any, splits: Sequence[Split], names: Sequence[str]
 ) -> dict[str, list[str]]:
@@ -160,20 +180,22 @@ def _find_parts(
 
     It has an expert's gate and up apart.
     """
-    of_experts = _parts_of_experts(skeleton)
+    called = _parts_of_experts(skeleton)
     parts: dict[str, list[str]] = {}
     for split in splits:
         for stack, linears in split.stacks.items():
-            some = of_experts.get(stack.rpartition(".")[2], [])
             for linear in linears:
-                parts[linear] = [f"{linear.rpartition('.')[0]}.{one}" for one in some]
-    for name in {one for some in parts.values() for one in some}.difference(names):
+                expert, _, own = linear.rpartition(".")
+                some = called.get(stack.rpartition(".")[2], [own])
+                parts[linear] = [f"{expert}.{one}" for one in some]
+    of_experts = {one for some in parts.values() for one in some}
+    for name in of_experts.difference(names):
         raise CheckpointError(f"the checkpoint does not have {name} quantized, but other experts")
     modules = dict(skeleton.named_modules())
     tied = skeleton.all_tied_weights_keys
     shared = {*tied.keys(), *tied.values()}
     for name in names:
-        if any(name.startswith(f"{one.name}.") for one in splits):
+        if name in of_experts:
             continue
         if name not in modules or not is_linear(modules[name]):
             raise CheckpointError(

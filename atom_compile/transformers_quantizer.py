@@ -79,7 +79,8 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                     "config.json says that the model is packed, but not which linears: it was "
                     "changed, or not written to its end"
                 )
-            _split_packed_experts(model, config)
+            for split in split_experts(model, list(chain(*config.linears))):
+                split.release()
             if config.reading is not None:
                 config.reading.begin_if_ready()
                 self._files = config.reading.files
@@ -307,15 +308,6 @@ def _find_packed(model: nn.Module, config: AtomConfig) -> Iterator[_Packed]:
             numbers = choice["activation_clip"], choice["int8_groups"]
             form = input_format(scheme, like.in_features, *numbers)
         yield _Packed(name, linear, like, form)
-
-
-def _split_packed_experts(model: nn.Module, config: AtomConfig) -> None:
-    packed = [name for group in config.linears or [] for name in group]
-    splits = split_experts(model)
-    put(model, [one for one in splits if not one.is_named(packed)], split=False)
-    for one in splits:
-        if one.is_named(packed):
-            one.release()
 
 
 def _hold_packed(model: nn.Module, config: AtomConfig) -> None:

@@ -13,10 +13,15 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from atom_compile import AtomConfig, calibrate, load, quantize, save
 from atom_compile.errors import CheckpointError, NothingRewrittenError
 from atom_compile.experts import ExpertLinears, split_experts
+from atom_compile.int4_checkpoints import BlockLinear
+from atom_compile.int4_models import _joined
+from atom_compile.kernels.block_formats import dequantize_blocks, pack_mxfp4, pack_nvfp4
+from atom_compile.kernels.packing import GroupLayout, dequantize_weight
 from atom_compile.quantized_linear import QuantizedLinear
 
 from .capturing import rewrites, token_batch
@@ -157,7 +162,8 @@ class Routed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scores, experts = F.linear(x, self.router.weight).softmax(-1).topk(2)
-        return self.up(x) * scores.sum(-1, keepdim=True) + experts.sum(-1, keepdim=True)
+        chosen: Tensor = self.up(x) * scores.sum(-1, keepdim=True)
+        return chosen + experts.sum(-1, keepdim=True)
 
 
 def test_the_backend_leaves_what_chooses_experts() -> None:
@@ -259,3 +265,35 @@ def test_gate_and_up_in_different_orders_are_refused(tmp_path: Path) -> None:
     change_tensors(tmp_path, change)
     with pytest.raises(CheckpointError, match=r"experts\.1\.gate_up: .* different orders"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_gpt_oss_as_it_is_published(dequantize: bool, tmp_path: Path) -> None:
+    want = mixture("GptOss")
+    want.save_pretrained(tmp_path)
+    tensors = dict(want.state_dict())
+    experts = experts_of(want)
+    for name in ("gate_up_proj", "down_proj"):
+        stack = experts.get_parameter(name)
+        packed = [pack_mxfp4(weight.t().contiguous()) for weight in stack]
+        prefix = f"model.layers.0.mlp.experts.{name}"
+        del tensors[prefix]
+        blocks = torch.stack([one.codes for one in packed])
+        tensors[f"{prefix}_blocks"] = blocks.unflatten(2, (-1, 16))
+        scales = torch.stack([one.block_scale.view(torch.uint8) for one in packed])
+        tensors[f"{prefix}_scales"] = scales
+        theirs = tensors[f"{prefix}_blocks"], scales
+        stack.data = convert_moe_packed_tensors(*theirs, dtype=torch.float32)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    change_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    model = load(tmp_path, dequantize=dequantize)
+    assert isinstance(experts_of(model), ExpertLinears) != dequantize
+    torch.testing.assert_close(logits(model), logits(want), rtol=1e-4, atol=1e-5)
+
+
+def test_gate_and_up_in_blocks_with_scales_of_their_own() -> None:
+    weights = [pack_nvfp4(torch.randn(64, 128) * size) for size in (1, 50)]
+    joined, order = _joined("experts.0.gate_up", [BlockLinear(w, None, "nvfp4") for w in weights])
+    dense = dequantize_weight(joined, GroupLayout(128, 32, 0), "nvfp4")
+    assert order is None
+    assert torch.equal(dense, torch.cat([dequantize_blocks(one) for one in weights]))
