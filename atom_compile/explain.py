@@ -227,7 +227,8 @@ def _layers(run: Rewrite) -> list[Layer]:
         if "atom_packed" in node.meta:
             products |= {part.weight.name: node for part in node.meta["atom_packed"].parts}
     held = [_held_layer(run, one, products[one.parts[0].weight.name]) for one in run.held]
-    return held + [_layer(run, plan, products.get(plan.found.name)) for plan in run.planned]
+    planned = [_layer(run, plan, products.get(plan.found.name)) for plan in run.planned]
+    return held + planned + [_stack(run, name, node) for name, node in run.stacks.items()]
 
 
 def _held_layer(run: Rewrite, held: HeldLinear, product: Node) -> Layer:
@@ -325,6 +326,27 @@ def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
         weight_bytes_after=after,
         error=plan.error,
         remarks=_remarks(run, found.name),
+    )
+
+
+def _stack(run: Rewrite, name: str, node: Node) -> Layer:
+    """Of all experts: out_features are those of all of them."""
+    experts, *features = value(node).shape
+    return Layer(
+        name,
+        int(experts * features[0]),
+        int(features[1]),
+        operator=None,
+        quantized_by=None,
+        weight_bits=None,
+        activation_bits=None,
+        weight_format=None,
+        activation_format=None,
+        outlier_channels=None,
+        weight_bytes_before=_bytes(node),
+        weight_bytes_after=_bytes(node),
+        error=None,
+        remarks=_remarks(run, name),
     )
 
 

@@ -57,6 +57,20 @@ def find_linears(gm: GraphModule, names: Mapping[Node, str]) -> list[FoundLinear
     return linears
 
 
+def find_stacks(graph: Graph) -> list[Node]:
+    """Weights of all experts of a layer in one tensor, which no linear reads."""
+    return [
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if is_weight(node) and node.users and _is_stack(value(node))
+    ]
+
+
+def _is_stack(weight: torch.Tensor) -> bool:
+    """No convolution's, which reaches over a few places, and nothing packed."""
+    return weight.dim() == 3 and min(weight.shape[1:]) >= 16 and weight.is_floating_point()
+
+
 def _read_by_one_of(graph: Graph, linears: Container[Node]) -> set[Node]:
     """The nodes whose value reaches one of `linears`."""
     found: set[Node] = set()

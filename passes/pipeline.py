@@ -17,7 +17,7 @@ from .embeddings import quantize_embeddings
 from .folding import fold_reorders
 from .graphs import copy_graph_module
 from .insertion import insert_quantization
-from .linears import find_linears
+from .linears import find_linears, find_stacks
 from .packed import HeldLinear, find_packed
 from .plan import PlannedLinear, plan_linears
 from .quantize_fusion import fuse_quantize
@@ -49,6 +49,8 @@ class Rewrite:
     """The linears whose weights the model holds packed."""
     attentions: list[FoundAttention] = field(default_factory=list)
     unknown_attentions: list[str] = field(default_factory=list)
+    stacks: dict[str, Node] = field(default_factory=dict)
+    """By their names, weights of all experts of a layer, which stay as they are."""
     arguments: tuple[Node, ...] = ()
     """The copies of the captured graph's placeholders, in the order of its arguments."""
 
@@ -59,6 +61,8 @@ def _plan(run: Rewrite) -> GraphModule:
     run.record.remark(run.unknown_attentions, "a softmax that is not recognised as attention")
     run.held = find_packed(run.gm, run.record)
     found = find_linears(run.gm, run.names)
+    run.stacks = {run.names.get(node, node.name): node for node in find_stacks(run.gm.graph)}
+    run.record.remark(list(run.stacks), "a weight of all experts; atom_compile.quantize packs them")
     run.planned = plan_linears(found, run.scheme, run.recipe, run.include_head, run.skip)
     for plan in run.planned:
         if plan.reason or plan.note:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from atom_compile import AtomConfig, calibrate, load, quantize, save
+from atom_compile import AtomConfig, calibrate, explain, load, quantize, save
 from atom_compile.errors import CheckpointError, NothingRewrittenError
 from atom_compile.experts import ExpertLinears, split_experts
 from atom_compile.int4_checkpoints import BlockLinear
@@ -173,6 +173,14 @@ def test_the_backend_leaves_what_chooses_experts() -> None:
         "router.weight": "it chooses experts, by the largest of its outputs",
         "up.weight": None,
     }
+
+
+def test_explain_lists_experts_in_16_bits() -> None:
+    report = explain(mixture("Qwen3Moe"), token_batch())
+    left = {layer.name: layer.remarks for layer in report.layers if layer.operator is None}
+    remark = "a weight of all experts; atom_compile.quantize packs them"
+    assert left["model.layers.0.mlp.experts.gate_up_proj"] == (remark,)
+    assert left["model.layers.0.mlp.experts.down_proj"] == (remark,)
 
 
 def test_quantize_leaves_a_linear_beside_experts() -> None:

@@ -93,6 +93,23 @@ def test_names_and_reasons() -> None:
     assert all(run.record.remarks[name] for name in planned)  # narrow layers, and the head
 
 
+class Ending(nn.Module):
+    """The end of a model, compiled apart from its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.lm_head = nn.Linear(256, 256), nn.Linear(256, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.lm_head(self.up(x))
+        return scores
+
+
+def test_a_head_without_a_table_is_told_by_its_name() -> None:
+    (run,) = rewrites(Ending().eval(), torch.randn(3, 256))
+    assert [plan.found.is_head for plan in run.planned] == [False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a8-two-level", "w4a4-rotated"])
 def test_plain_and_fused_graphs_agree(scheme: str, dtype: torch.dtype) -> None:
