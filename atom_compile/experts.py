@@ -40,6 +40,10 @@ class ExpertLinears(nn.ModuleList):
         super().__init__(Expert(*both) for both in zip(ups, downs, strict=True))
         # of the module that this one replaces, which is left without weights
         self.activation = experts._apply_gate if experts.has_gate else experts.act_fn
+        # in files it stops programs without atom_compile: a name of theirs, and another shape
+        stack = getattr(experts, _first(experts))
+        marker = stack.detach().new_zeros(len(stack), 4 if experts.has_gate else 2, 2)
+        self.register_buffer(_first(experts), marker)
         self.train(experts.training)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -77,6 +81,12 @@ class Split:
         """Of a tensor of all experts each one's, as a linear has it; or the reverse of it."""
         return [one.t() if self.experts.is_transposed and one.dim() > 1 else one for one in stack]
 
+    @property
+    def marker(self) -> dict[str, Tensor]:
+        """By its name in files, what takes the place of a tensor of all experts there."""
+        buffer = self.linears.get_buffer(_first(self.experts))
+        return {f"{self.name}.{_first(self.experts)}": torch.zeros_like(buffer, device="cpu")}
+
     def stacked(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of all experts, of those of each, which it takes out of `tensors`."""
         stacks = {}
@@ -102,6 +112,8 @@ class Split:
 
     def settle(self) -> None:
         """Weights that were not packed get memory of their own: else all would be held."""
+        (marker,) = self.marker.values()
+        self.linears.register_buffer(_first(self.experts), marker)
         for linear in self.linears.modules():
             if isinstance(linear, nn.Linear):
                 linear.weight = _owned(linear.weight)

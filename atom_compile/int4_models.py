@@ -58,7 +58,10 @@ def load_int4(
     splits = split_experts(skeleton, names)
     parts = _find_parts(skeleton, splits, names)
     linears = {name: skeleton.get_submodule(name) for name in parts}
-    tensors = _plain_tensors(skeleton, files, linears, names)
+    markers = {name: one for split in splits for name, one in split.marker.items()}
+    tensors = _plain_tensors(
+        skeleton, files, {*(f"{one}.weight" for one in linears), *markers}, names
+    )
     reading = _read(quantization, files, parts, linears)
     read = track(reading, "reading 4-bit weights", total=len(parts))
     if dequantize:
@@ -71,6 +74,7 @@ def load_int4(
             tensors |= split.stacked(tensors)
     else:
         scheme, packed = _pack(read)
+        tensors |= markers
         for name, (grouped, order) in packed.items():
             layout = scheme.layout(shape_of(linears[name])[1])
             stored = stored_tensors(grouped, order, layout, scheme.weight_format)
@@ -220,12 +224,9 @@ def _parts_of_experts(skeleton: Any) -> dict[str, list[str]]:
 
 
 def _plain_tensors(
-    skeleton: Any,
-    files: Mapping[str, Tensor],
-    linears: Mapping[str, nn.Module],
-    names: Collection[str],
+    skeleton: Any, files: Mapping[str, Tensor], made: Collection[str], names: Collection[str]
 ) -> dict[str, Tensor]:
-    """All that belongs to no packed weight; it must be what the model has beside them.
+    """All that belongs to no packed weight; it must be what the model has beside `made`.
 
     names: of the packed linears in files.
     """
@@ -247,9 +248,8 @@ def _plain_tensors(
         if module in names and name not in expected and not bool(tensor.any()):
             continue
         tensors[name] = tensor
-    packed = {f"{name}.weight" for name in linears}
     Contents.without_hashes(tensors).check_layout(
-        {name: one for name, one in expected.items() if name not in packed}
+        {name: one for name, one in expected.items() if name not in made}
     )
     return tensors
 

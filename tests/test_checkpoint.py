@@ -265,11 +265,15 @@ def test_a_pipeline_loads_it(tmp_path: Path) -> None:
 
 
 def test_without_the_package_loading_fails_loudly(packed: tuple[Path, Tensor]) -> None:
+    refuse_without_the_package(packed[0])
+
+
+def refuse_without_the_package(path: Path) -> None:
     program = f"""if True:
         import sys
         from transformers import AutoModelForCausalLM
         try:
-            AutoModelForCausalLM.from_pretrained({str(packed[0])!r})
+            AutoModelForCausalLM.from_pretrained({str(path)!r})
         except RuntimeError as error:
             print("refused:", error)
         assert "atom_compile" not in sys.modules

@@ -25,6 +25,7 @@ from atom_compile.kernels.packing import GroupLayout, dequantize_weight
 from atom_compile.quantized_linear import QuantizedLinear
 
 from .capturing import rewrites, token_batch
+from .test_checkpoint import refuse_without_the_package
 from .test_int4_models import PACKERS, Rounded, change_config, change_tensors, logits, settings
 
 COMMON = {
@@ -95,6 +96,7 @@ def test_experts_are_packed_and_come_back_from_files(
     experts = experts_of(model)
     assert isinstance(experts[3].gate_up, QuantizedLinear)
     assert not list(experts.activation.__self__.parameters())  # the 16-bit weights are gone
+    assert not any(buffer.is_meta for buffer in model.buffers())
     want = logits(model)
     save(model, tmp_path / "packed")
     assert torch.equal(logits(load(tmp_path / "packed")), want)
@@ -102,6 +104,9 @@ def test_experts_are_packed_and_come_back_from_files(
         tmp_path / "plain", quantization_config=AtomConfig(scheme)
     )
     assert torch.equal(logits(loading), want)
+    assert not any(buffer.is_meta for buffer in loading.buffers())
+    loading.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), want)
 
 
 def test_a_recipe_leaves_experts_to_be_rounded_to_nearest(tmp_path: Path) -> None:
@@ -134,6 +139,14 @@ def test_what_is_skipped_stays_in_its_own_precision(
         tmp_path / "plain", quantization_config=AtomConfig("w4a16", skip=[skip])
     )
     assert torch.equal(logits(loading), logits(model))
+
+
+def test_experts_alone_do_not_load_without_the_package(family: str, tmp_path: Path) -> None:
+    model = mixture(family)
+    quantize(model, "w4a16", skip=["*self_attn*"], progress=False)
+    save(model, tmp_path)
+    refuse_without_the_package(tmp_path)
+    assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
 def test_a_model_of_which_nothing_is_packed_is_as_it_was() -> None:
