@@ -48,6 +48,7 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files: Sequence[str | Path] = ()
         self._packer: _Packer | None = None
         self._awaited: _Awaited | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises OptionError for a model that would be offloaded while it is packed.
@@ -97,6 +98,7 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
             self._contents.check_layout(untied(model, model.state_dict()) | awaited)
             if self._awaited is None:
                 _hold_dtypes(model, self._contents)
+                self._dtypes = {name: one.dtype for name, one in model.named_parameters()}
 
     def _read_contents(self, model: Any) -> Contents:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -140,6 +142,7 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
                 _convert(model, tensors)
             else:
                 _check_loaded(model, self._contents, self._files)
+                _convert_renamed(model, self._dtypes)
                 for group in groups:
                     linears = [model.get_submodule(name) for name in group]
                     _restore(linears)
@@ -378,6 +381,14 @@ def _convert(model: Any, tensors: Mapping[str, Tensor]) -> None:
         loaded = model.get_parameter_or_buffer(name).detach()
         if loaded.data_ptr() != tensor.data_ptr():
             loaded.copy_(tensor)
+
+
+def _convert_renamed(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """transformers loads what has another name in files in the files' precision."""
+    for name, parameter in model.named_parameters():
+        wanted = dtypes.get(name, parameter.dtype)
+        if parameter.dtype != wanted and not parameter.is_meta:
+            parameter.data = parameter.data.to(wanted)
 
 
 def _layout(linear: QuantizedLinear, *, stored: bool) -> dict[str, Tensor]:

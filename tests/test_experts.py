@@ -109,6 +109,25 @@ def test_experts_are_packed_and_come_back_from_files(
     assert torch.equal(logits(load(tmp_path / "again")), want)
 
 
+def test_in_another_precision_and_from_the_disk(family: str, tmp_path: Path) -> None:
+    model = mixture(family)
+    quantize(model, "w4a16", progress=False)
+    save(model, tmp_path / "packed")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
+    plain = [one for name, one in half.named_parameters() if "proj" not in name]
+    assert {one.dtype for one in plain if one.is_floating_point()} == {torch.bfloat16}
+    torch.testing.assert_close(logits(half).float(), logits(model), rtol=0.1, atol=0.02)
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed",
+        device_map={**places, "model.layers.0": "disk"},
+        offload_folder=tmp_path / "offload",
+    )
+    assert torch.equal(logits(offloaded), logits(model))
+
+
 def test_a_recipe_leaves_experts_to_be_rounded_to_nearest(tmp_path: Path) -> None:
     model = mixture("Qwen3Moe")
     model.save_pretrained(tmp_path / "plain")
