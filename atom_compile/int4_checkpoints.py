@@ -45,7 +45,7 @@ Sources: the packers of GPTQModel (`gptq`, `gptq_v2`), AutoAWQ (`gemm`), compres
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +85,24 @@ class Int4Linear(NamedTuple):
     def shape(self) -> tuple[int, int]:
         N, K = self.codes.shape
         return N, K
+
+    def cut(self, group_size: int) -> Int4Linear:
+        """The same in smaller groups, several of which have one scale."""
+        if self.group_size == group_size:
+            return self
+        if self.group_size % group_size:
+            raise CheckpointError(
+                f"a group of {self.group_size} channels cannot be cut into groups of {group_size}"
+            )
+        count = -(-self.shape[1] // group_size)
+
+        def repeated(numbers: Tensor) -> Tensor:
+            return numbers.repeat_interleave(self.group_size // group_size, 1)[:, :count]
+
+        zero_point = None if self.zero_point is None else repeated(self.zero_point)
+        return self._replace(
+            scale=repeated(self.scale), zero_point=zero_point, group_size=group_size
+        )
 
     def packed(self) -> GroupedWeight:
         """For `atom::weight_only_linear`, on activations whose channels are in `order`."""
@@ -183,13 +201,13 @@ def _reader(config: Mapping[str, Any]) -> tuple[str, _Read]:
         _require("bits", config.get("bits"), (4,))
         _require("group_size", config.get("group_size"), _GROUP_SIZES)
         read = functools.partial(_gptq, offset=1 if layout == "gptq" else 0)
-        return ".qweight", _of_integers(read, int(config["group_size"]))
+        return ".qweight", _of_integers(read, {int(config["group_size"])})
     if method == "awq":
         _require("version", str(config.get("version", "gemm")).lower(), ("gemm",))
         _require("bits", config.get("bits", config.get("w_bit")), (4,))
         group_size: Any = config.get("group_size", config.get("q_group_size"))
         _require("group_size", group_size, _GROUP_SIZES)
-        return ".qweight", _of_integers(_awq, int(group_size))
+        return ".qweight", _of_integers(_awq, {int(group_size)})
     if method == "modelopt":
         _require("quant_algo", config.get("quant_algo"), ("NVFP4",))
         return ".weight_scale_2", _modelopt
@@ -200,16 +218,37 @@ def _reader(config: Mapping[str, Any]) -> tuple[str, _Read]:
     _require("format", format, ("pack-quantized", *_BLOCK_READERS))
     if format in _BLOCK_READERS:
         return ".weight_packed", _BLOCK_READERS[format]
-    return ".weight_packed", _of_integers(_compressed_tensors, _compressed_tensors_group(config))
+    return ".weight_packed", _of_integers(_compressed_tensors, _compressed_tensors_groups(config))
 
 
 def _of_integers(
-    read: Callable[[str, Mapping[str, Tensor]], _Fields], group_size: int
+    read: Callable[[str, Mapping[str, Tensor]], _Fields], group_sizes: Set[int]
 ) -> Callable[[str, Mapping[str, Tensor]], Int4Linear]:
+    """group_sizes: the linears' own, which are all cut into the smallest."""
+    smallest = min(_SPLIT if size == _WHOLE_ROW else size for size in group_sizes)
+
     def read_linear(name: str, tensors: Mapping[str, Tensor]) -> Int4Linear:
-        return _linear(name, *read(name, tensors), tensors.get(f"{name}.bias"), group_size)
+        fields, bias = read(name, tensors), tensors.get(f"{name}.bias")
+        codes, scale, *_ = fields
+        size = _group_size_of(name, codes.shape[1], scale.shape[1], group_sizes)
+        return _linear(name, *fields, bias, size).cut(smallest)
 
     return read_linear
+
+
+def _group_size_of(name: str, K: int, G: int, group_sizes: Set[int]) -> int:
+    """Which of them a linear of K channels has, by its number of groups."""
+    if len(group_sizes) == 1:
+        return next(iter(group_sizes))
+    if G == 1 and _WHOLE_ROW in group_sizes:
+        return _WHOLE_ROW
+    found = [size for size in group_sizes if size != _WHOLE_ROW and -(-K // size) == G]
+    if len(found) != 1:
+        listed = ", ".join(map(str, sorted(group_sizes)))
+        raise CheckpointError(
+            f"{name}: {G} groups of {K} channels are of none of the sizes {listed}"
+        )
+    return found[0]
 
 
 def _require(name: str, got: object, allowed: tuple[object, ...]) -> None:
@@ -218,7 +257,7 @@ def _require(name: str, got: object, allowed: tuple[object, ...]) -> None:
         raise CheckpointError(f"the checkpoint's {name} is {got!r}; what is read is {listed}")
 
 
-def _compressed_tensors_group(config: Mapping[str, Any]) -> int:
+def _compressed_tensors_groups(config: Mapping[str, Any]) -> set[int]:
     sizes = set()
     for group in config.get("config_groups", {}).values():
         if group.get("input_activations") or group.get("output_activations"):
@@ -231,10 +270,12 @@ def _compressed_tensors_group(config: Mapping[str, Any]) -> int:
         _require("strategy", weights.get("strategy"), ("group", "channel"))
         size = weights.get("group_size") if weights["strategy"] == "group" else _WHOLE_ROW
         _require("group_size", size, _GROUP_SIZES)
-        sizes.add(size)
-    if len(sizes) != 1:
-        raise CheckpointError(f"the checkpoint has {len(sizes)} group sizes; one is read")
-    return int(sizes.pop())
+        sizes.add(int(size))
+    if not sizes:
+        raise CheckpointError(
+            "the checkpoint's config_groups is empty: nothing says how it was cut"
+        )
+    return sizes
 
 
 def _gptq(name: str, tensors: Mapping[str, Tensor], offset: int) -> _Fields:

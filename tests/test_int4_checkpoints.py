@@ -137,6 +137,35 @@ def test_awq() -> None:
     assert_is(read(AWQ, awq_tensors(drawn)), drawn.weight)
 
 
+def of_two_sizes() -> dict[str, Any]:
+    """Groups of 32 for other linears, and of GROUP or a row for the one that is read."""
+    config = compressed_tensors()
+    others = compressed_tensors(group_size=32)["config_groups"]["group_0"]
+    rows = compressed_tensors(strategy="channel", group_size=None)["config_groups"]["group_0"]
+    config["config_groups"] |= {"group_1": others, "group_2": rows}
+    return config
+
+
+@pytest.mark.parametrize("whole_row", [True, False])
+def test_groups_of_several_sizes_are_cut_into_the_smallest(whole_row: bool) -> None:
+    drawn = Drawn()
+    if whole_row:
+        drawn.scale, drawn.zeros = drawn.scale[:, :1], drawn.zeros[:, :1]
+        drawn.groups = torch.zeros(K, dtype=torch.int64)
+    tensors = {
+        f"{NAME}.weight_packed": words(drawn.codes.tolist(), IN_ORDER),
+        f"{NAME}.weight_scale": drawn.scale,
+        f"{NAME}.weight_zero_point": (drawn.zeros - 8).to(torch.int8),
+        f"{NAME}.weight_shape": torch.tensor([N, K]),
+    }
+    linear = read(of_two_sizes(), tensors)
+    assert linear.group_size == 32 and linear.scale.shape == (N, K // 32)
+    assert_is(linear, drawn.weight)
+    tensors[f"{NAME}.weight_scale"] = drawn.scale[:, :1].expand(N, 3).contiguous()
+    with pytest.raises(CheckpointError, match="3 groups of 256 channels are of none of the sizes"):
+        read(of_two_sizes(), tensors)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shuffled", [True, False])
 @pytest.mark.parametrize("packed_zeros", [True, False])
