@@ -210,8 +210,13 @@ def _reason_to_leave(name: str, module: nn.Module, shared: Mapping[str, str]) ->
 
 
 def _reason_of_place(model: nn.Module, name: str) -> str | None:
-    owner = model.get_submodule(name.rpartition(".")[0])
-    return "it is beside experts, and chooses among them" if "experts" in owner._modules else None
+    """For what lies beside experts, or in a module that is called as what chooses among them is."""
+    owner, _, _ = name.rpartition(".")
+    above, _, called = owner.rpartition(".")
+    beside = [owner, above] if called in ("gate", "router") else [owner]
+    if any("experts" in model.get_submodule(one)._modules for one in beside):
+        return "it is beside experts, and chooses among them"
+    return None
 
 
 def _heads(model: nn.Module) -> tuple[nn.Module, ...]:

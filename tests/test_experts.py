@@ -215,12 +215,16 @@ def test_explain_lists_experts_in_16_bits() -> None:
     assert left["model.layers.0.mlp.experts.down_proj"] == (remark,)
 
 
-def test_quantize_leaves_a_linear_beside_experts() -> None:
+def test_quantize_leaves_linears_that_choose_experts() -> None:
     model = nn.Module()
-    model.gate, model.experts = nn.Linear(256, 8), nn.ModuleList([nn.Linear(256, 256)])
+    model.scores, model.gate = nn.Linear(256, 8), nn.Module()
+    model.gate.linear = nn.Linear(256, 8)
+    model.shared, model.experts = nn.Module(), nn.ModuleList([nn.Linear(256, 256)])
+    model.shared.up = nn.Linear(256, 256)
     done = quantize(model.eval(), progress=False)
-    assert done.groups == (("experts.0",),)
-    assert done.left["gate.weight"] == "it is beside experts, and chooses among them"
+    assert done.groups == (("shared.up",), ("experts.0",))
+    reason = "it is beside experts, and chooses among them"
+    assert done.left == {"scores.weight": reason, "gate.linear.weight": reason}
 
 
 NAMES = {"Mixtral": ("w1", "w3", "w2"), "Qwen3Moe": ("gate_proj", "up_proj", "down_proj")}
