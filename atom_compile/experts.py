@@ -38,8 +38,9 @@ class ExpertLinears(nn.ModuleList):
     def __init__(self, experts: Any) -> None:
         ups, downs = _linears(experts, _first(experts)), _linears(experts, "down_proj")
         super().__init__(Expert(*both) for both in zip(ups, downs, strict=True))
-        # of the module that this one replaces, which is left without weights
-        self.activation = experts._apply_gate if experts.has_gate else experts.act_fn
+        # of the module that this one replaces, which is left without weights; no module, which
+        # would be one of the list
+        self.activation = experts._apply_gate if experts.has_gate else experts.act_fn.__call__
         # in files it stops programs without atom_compile: a name of theirs, and another shape
         stack = getattr(experts, _first(experts))
         marker = stack.detach().new_zeros(len(stack), 4 if experts.has_gate else 2, 2)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from atom_compile import AtomConfig, calibrate, explain, load, quantize, save
 from atom_compile.errors import CheckpointError, NothingRewrittenError
@@ -73,6 +74,22 @@ def test_linears_of_each_expert_compute_what_the_tensor_of_all_does(family: str)
     split_experts(split)
     assert isinstance(experts_of(split), ExpertLinears)
     torch.testing.assert_close(logits(split), logits(model), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_without_a_gate() -> None:
+    config = transformers.NemotronHConfig(
+        hidden_size=256, moe_intermediate_size=128, n_routed_experts=4, num_experts_per_tok=2
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(NemotronHExperts(config).eval())
+    config._experts_implementation = "eager"
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    routed = torch.randn(5, 256), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    want = model[0](*routed)
+    (split,) = split_experts(model)
+    assert [name for name, _ in split.linears.named_children()] == ["0", "1", "2", "3"]
+    torch.testing.assert_close(model[0](*routed), want, rtol=1e-5, atol=1e-5)
 
 
 def test_an_expert_that_is_elsewhere_adds_nothing() -> None:
