@@ -80,7 +80,7 @@ class Split:
 
     def rows(self, stack: Iterable[Tensor]) -> list[Tensor]:
         """Of a tensor of all experts each one's, as a linear has it; or the reverse of it."""
-        return [one.t() if self.experts.is_transposed and one.dim() > 1 else one for one in stack]
+        return [one.t() if self.experts.is_transposed else one for one in stack]
 
     @property
     def marker(self) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class Split:
         """Those that the module which was replaced has got by now."""
         for stack, names in self.stacks.items() if self.experts.has_bias else ():
             biases = self.experts.get_parameter(f"{stack.rpartition('.')[2]}_bias")
-            for name, bias in zip(names, self.rows(biases), strict=True):
+            for name, bias in zip(names, biases, strict=True):
                 linear: Any = self.linears.get_submodule(name.removeprefix(f"{self.name}."))
                 linear.bias = _owned(bias)
 

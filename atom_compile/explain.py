@@ -330,7 +330,7 @@ def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
 
 
 def _stack(run: Rewrite, name: str, node: Node) -> Layer:
-    """Of all experts: out_features are those of all of them."""
+    """A weight of all experts, as if it were one linear of their outputs together."""
     experts, *features = value(node).shape
     return Layer(
         name,
