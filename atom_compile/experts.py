@@ -50,13 +50,17 @@ class ExpertLinears(nn.ModuleList):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)
-        for number in top_k_index.unique().tolist():
-            if number >= len(self):  # stands for an expert that is elsewhere
+        choices = top_k_index.flatten()
+        counts = choices.bincount(minlength=len(self)).tolist()  # all that a GPU is waited for
+        by_expert = choices.argsort(stable=True).split(counts)
+        expert: Any
+        # numbers beyond the last stand for experts that are elsewhere
+        for expert, places in zip(self, by_expert, strict=False):
+            if len(places) == 0:
                 continue
-            expert: Any = self[number]
-            token, slot = torch.where(top_k_index == number)
+            token = places // top_k_index.shape[1]
             inner = self.activation(expert.gate_up(hidden_states[token]))
-            weighted = expert.down(inner) * top_k_weights[token, slot, None]
+            weighted = expert.down(inner) * top_k_weights.flatten()[places, None]
             out.index_add_(0, token, weighted.to(out.dtype))
         return out
 

@@ -73,7 +73,7 @@ def diff(a: Report | str | Path, b: Report | str | Path) -> Difference:
     return Difference(a_data, b_data, (a_name, b_name))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """One linear. `operator` is None where it was left as it was; the remarks then say why.
 
@@ -86,16 +86,16 @@ class Layer:
     name: str
     out_features: int
     in_features: int
-    operator: str | None
-    quantized_by: str | None
-    weight_bits: int | None
-    activation_bits: int | None
-    weight_format: str | None
-    activation_format: str | None
-    outlier_channels: int | None
+    operator: str | None = None
+    quantized_by: str | None = None
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    weight_format: str | None = None
+    activation_format: str | None = None
+    outlier_channels: int | None = None
     weight_bytes_before: int
     weight_bytes_after: int
-    error: float | None
+    error: float | None = None
     remarks: tuple[str, ...]
 
 
@@ -237,11 +237,11 @@ def _held_layer(run: Rewrite, held: HeldLinear, product: Node) -> Layer:
     operator, quantized_by = _operators(product)
     taken = _share_of_bytes(product, part.out_features)
     return Layer(
-        part.weight.name,
-        part.out_features,
-        held.in_features,
-        operator,
-        quantized_by,
+        name=part.weight.name,
+        out_features=part.out_features,
+        in_features=held.in_features,
+        operator=operator,
+        quantized_by=quantized_by,
         weight_bits=_weight_bits(product),
         activation_bits=_activation_bits(product),
         weight_format=_format(product),
@@ -249,7 +249,6 @@ def _held_layer(run: Rewrite, held: HeldLinear, product: Node) -> Layer:
         outlier_channels=held.layout.outlier_channels,
         weight_bytes_before=taken,
         weight_bytes_after=taken,
-        error=None,
         remarks=_remarks(run, part.weight.name),
     )
 
@@ -312,11 +311,11 @@ def _layer(run: Rewrite, plan: PlannedLinear, product: Node | None) -> Layer:
         packed = product.meta["atom_packed"]
         after = _share_of_bytes(product, found.out_features)
     return Layer(
-        found.name,
-        found.out_features,
-        found.in_features,
-        operator,
-        quantized_by,
+        name=found.name,
+        out_features=found.out_features,
+        in_features=found.in_features,
+        operator=operator,
+        quantized_by=quantized_by,
         weight_bits=run.scheme.weight_bits if rewritten else None,
         activation_bits=run.scheme.activation_bits if rewritten else None,
         weight_format=weight_format,
@@ -333,19 +332,11 @@ def _stack(run: Rewrite, name: str, node: Node) -> Layer:
     """A weight of all experts, as if it were one linear of their outputs together."""
     experts, *features = value(node).shape
     return Layer(
-        name,
-        int(experts * features[0]),
-        int(features[1]),
-        operator=None,
-        quantized_by=None,
-        weight_bits=None,
-        activation_bits=None,
-        weight_format=None,
-        activation_format=None,
-        outlier_channels=None,
+        name=name,
+        out_features=int(experts * features[0]),
+        in_features=int(features[1]),
         weight_bytes_before=_bytes(node),
         weight_bytes_after=_bytes(node),
-        error=None,
         remarks=_remarks(run, name),
     )
 

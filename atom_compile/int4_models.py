@@ -193,7 +193,7 @@ def _find_parts(
                 some = called.get(stack.rpartition(".")[2], [own])
                 parts[linear] = [f"{expert}.{one}" for one in some]
     of_experts = {one for some in parts.values() for one in some}
-    for name in of_experts.difference(names):
+    for name in sorted(of_experts.difference(names)):
         raise CheckpointError(f"the checkpoint does not have {name} quantized, but other experts")
     modules = dict(skeleton.named_modules())
     tied = skeleton.all_tied_weights_keys

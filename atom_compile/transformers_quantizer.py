@@ -128,7 +128,7 @@ class AtomQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if self._packer is not None:
             self._packer.finish()
-            config.describe(model, self._packer.groups)
+            config.describe(model, self._packer.plan.groups)
             self._packer = None
         elif self._contents is not None:
             groups = config.linears or []
@@ -213,15 +213,14 @@ class _Packer:
     """
 
     def __init__(self, model: nn.Module, options: Options) -> None:
-        plan, self._splits = plan_with_experts(model, options)
-        self._plan, self.groups = plan, plan.groups
+        self.plan, self._splits = plan_with_experts(model, options)
         self._model = model
         self._stacks = {name: split for split in self._splits for name in split.stacks}
-        self.weights = {f"{name}.weight" for group in plan.groups for name in group}
+        self._group_of = {name: group for group in self.plan.groups for name in group}
+        self.weights = {f"{name}.weight" for name in self._group_of}
         self.weights |= self._stacks.keys()
         self._options = options
         self._places = Places(model)
-        self._group_of = {name: group for group in plan.groups for name in group}
         of_experts = {name for one in self._splits for name in chain(*one.stacks.values())}
         names = self._group_of.keys() | of_experts
         self._linears = {name: model.get_submodule(name) for name in names}
@@ -252,7 +251,7 @@ class _Packer:
         group = self._group_of[name]
         if not self._arrived.issuperset(group):
             return
-        options = self._plan.options_of(group, self._options)
+        options = self.plan.options_of(group, self._options)
         packed = pack_group({one: self._linears[one] for one in group}, options)
         for one, linear in packed.items():
             _mark_initialized(linear)

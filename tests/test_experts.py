@@ -259,12 +259,12 @@ def write_theirs(path: Path, family: str, method: str, act_order: bool, symmetri
         if not is_packed:
             tensors[name] = parameter.data
             continue
-        groups = torch.arange(256 if parameter.shape[1] == 256 else 128) // 64
+        groups = torch.arange(parameter.shape[1]) // 64
         if act_order:
             generator = torch.Generator().manual_seed(len(groups))
             groups = groups[torch.randperm(len(groups), generator=generator)]
         base = name.removesuffix(".weight")
-        its = {f"{base}": parameter.data}
+        its = {base: parameter.data}
         if base.endswith("gate_up"):
             halves = parameter.data.chunk(2)
             its = {
