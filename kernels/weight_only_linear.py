@@ -125,6 +125,40 @@ def _e4m3_as_float16(x):
     return ((wide & 0x80) << 8 | (wide & 0x7F) << 7).to(tl.float16, bitcast=True)
 
 
+@triton.constexpr_function
+def _exchanging(registers):
+    """PTX that moves registers, of which the first half is a thread's first four channels: to where
+    the last bit of their number and its first one are exchanged."""
+    half = registers // 2
+    moves = []
+    for to in range(registers):
+        source = (to & ~(1 | half)) + (to & 1) * half + to // half
+        moves.append(f"mov.b32 ${to}, ${registers + source};")
+    return "{" + " ".join(moves) + "}"
+
+
+@triton.constexpr_function
+def _operands(registers):
+    return ",".join(["=&r"] * registers + ["r"] * registers)
+
+
+@triton.jit
+def _side_by_side(tile, REGISTERS: tl.constexpr):
+    """An operand of `mma.sync` of 16 bits, its channels in another order, the same for both operands.
+
+    Beside weights of a byte each a thread has four channels in a row, and then four of which each
+    is 16 further on. One product takes the first two of both fours, the next one the last two; but
+    it takes them in registers side by side, for which half of them would have to be moved, eight in
+    a hundred instructions. In this order it is the first four that it takes. Nothing is moved: the
+    assembler renames. REGISTERS: 4 of the right operand have those eight channels of a token, 8 of
+    the left one those of two rows.
+    """
+    return tl.inline_asm_elementwise(
+        _exchanging(REGISTERS), _operands(REGISTERS), [tile],
+        dtype=tile.dtype, is_pure=True, pack=2 * REGISTERS,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["M"])
 def weight_only_kernel(
     x_ptr,
@@ -159,6 +193,7 @@ def weight_only_kernel(
     IS_SPLIT: tl.constexpr,
     TILES_PER_BAND: tl.constexpr,
     PACK: tl.constexpr,
+    MMA_SYNC: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One tile of out^T = weight x^T: a weight on the left stays in registers, unpacked.
@@ -168,7 +203,8 @@ def weight_only_kernel(
     `weight_rows` rows after the one before: N, or more where the weight is part of a larger one.
     RAGGED: the last group is not full, and what lies behind a token's last channel is another
     token's. EXPONENT_BITS, MANTISSA_BITS: of the weight's format, or 0 for INT4. SCALE: as for
-    `read_scale`; with "e4m3" a group has two, and row_scale_ptr is read.
+    `read_scale`; with "e4m3" a group has two, and row_scale_ptr is read. MMA_SYNC: whether
+    Triton multiplies by `mma.sync`.
     """
     PARTS: tl.constexpr = num_parts(EXPONENT_BITS, MANTISSA_BITS)
     HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
@@ -178,6 +214,9 @@ def weight_only_kernel(
     DTYPE: tl.constexpr = tl.float16 if OF_BYTES else x_ptr.dtype.element_ty
     UNPLACED: tl.constexpr = power_left(EXPONENT_BITS, DTYPE) * (256.0 if OF_BYTES else 1.0)
     IS_SCALED: tl.constexpr = SCALE == "e4m3"
+    SIDE_BY_SIDE: tl.constexpr = (
+        MMA_SYNC and DTYPE.primitive_bitwidth == 16 and PART_STEP >= 32  # two products deep
+    )
     if OVERLAP:
         gdc_wait()
     tile = tl.program_id(0)
@@ -245,6 +284,9 @@ def weight_only_kernel(
                 packed, high_bits if HAS_HIGH_BITS else packed, zero_point, low_unit, high_unit,
                 DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part, IS_SCALED,
             )  # fmt: skip
+            if SIDE_BY_SIDE:
+                low, high = _side_by_side(low, 8), _side_by_side(high, 8)
+                x_low, x_high = _side_by_side(x_low, 4), _side_by_side(x_high, 4)
             sums = tl.dot(low, x_low, sums, input_precision="ieee")
             sums = tl.dot(high, x_high, sums, input_precision="ieee")
         # tensor cores that multiply e4m3 keep some 14 bits: they add up a step and no more
@@ -462,8 +504,20 @@ def _pack(device: torch.device, tiling: Tiling) -> int:
     """See to_values."""
     if device.type != "cuda":
         return 0
-    takes_wgmma = tiling.num_warps >= 4 and tiling.block_n >= 64 and tiling.block_m >= 16
-    return 2 if is_hopper(device) and takes_wgmma else 4
+    return 2 if is_hopper(device) and _fills_warpgroups(tiling) else 4
+
+
+def _takes_mma_sync(device: torch.device, tiling: Tiling) -> bool:
+    """Whether Triton is known to multiply tiles of 16 bits by it."""
+    if device.type != "cuda":
+        return False
+    has_tcgen05 = torch.cuda.get_device_capability(device)[0] in (10, 11)
+    return not (is_hopper(device) or has_tcgen05) or not _fills_warpgroups(tiling)
+
+
+def _fills_warpgroups(tiling: Tiling) -> bool:
+    """Whether Triton multiplies by `wgmma` on Hopper."""
+    return tiling.num_warps >= 4 and tiling.block_n >= 64 and tiling.block_m >= 16
 
 
 def describe(
@@ -651,6 +705,7 @@ def _plan_product(
         IS_SPLIT=tiling.split_k > 1,
         TILES_PER_BAND=8,
         PACK=_pack(device, tiling),
+        MMA_SYNC=_takes_mma_sync(device, tiling),
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         **overlap(device, tiling.block_m),

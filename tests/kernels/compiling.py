@@ -5,6 +5,7 @@ A program of its own, since Triton cannot compile a kernel that it has been told
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -89,6 +90,9 @@ class Compiled:
         compiled = triton.compile(source, target=self._target, options=options)
         smallest = 227 if kind is GluonASTSource else 99  # KiB of shared memory
         assert compiled.metadata.shared <= smallest * 1024, "more than the smallest GPU has"
+        if constants.get("MMA_SYNC"):  # what `_side_by_side` relies on
+            operands = re.findall(r"#ttg.dot_op<(.*?)>", str(compiled.asm["ttgir"]))
+            assert not any("kWidth = 2" in operand for operand in operands)
 
     @staticmethod
     def _type(value: Any) -> str:
@@ -170,12 +174,12 @@ def main(capability: int) -> None:
         for name in ("weight_only_kernel", "dequantize_kernel"):
             kernel = Compiled(getattr(weight_only_linear, name), capability)
             patch.setattr(weight_only_linear, name, kernel)
-        wide = 2 if capability == 90 else 4
-        patch.setattr(
-            weight_only_linear,
-            "_pack",
-            lambda _, tiling: wide if tiling.num_warps == 4 and tiling.block_m >= 16 else 4,
-        )
+
+        def takes_mma_sync(device: torch.device, tiling: linear.Tiling) -> bool:
+            return capability < 90 or not weight_only_linear._fills_warpgroups(tiling)
+
+        patch.setattr(weight_only_linear, "_takes_mma_sync", takes_mma_sync)
+        patch.setattr(weight_only_linear, "_pack", lambda *its: 4 if takes_mma_sync(*its) else 2)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             compile_weight_only(dtype, group_size=128, symmetric=True, K=K)
         compile_weight_only(torch.bfloat16, group_size=32, symmetric=False, K=1000)
