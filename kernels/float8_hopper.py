@@ -42,6 +42,20 @@ from .weight_values import placing_in_e4m3
 
 
 @gluon.jit
+def _load_weight(
+    weight_desc, high_bits_desc, weight_ring, high_bits_ring, full, stage, row,
+    CODES_BYTES: gl.constexpr,
+):  # fmt: skip
+    """Begins a stage, which CODES_BYTES of activations are to follow."""
+    ready = full.index(stage)
+    ROW_BYTES: gl.constexpr = weight_ring.shape[2] + high_bits_ring.shape[2]
+    mbarrier.expect(ready, CODES_BYTES + weight_ring.shape[1] * ROW_BYTES)
+    # past the last row TMA reads the next group's rows or zeros, which are not stored
+    tma.async_copy_global_to_shared(weight_desc, [row, 0], ready, weight_ring.index(stage))
+    tma.async_copy_global_to_shared(high_bits_desc, [row, 0], ready, high_bits_ring.index(stage))
+
+
+@gluon.jit
 def _load(
     codes_desc, weight_desc, high_bits_desc, codes_ring, weight_ring, high_bits_ring, full, empty,
     M, N, weight_rows, num_groups, whole_tiles, BLOCK_M: gl.constexpr,
@@ -50,27 +64,35 @@ def _load(
     """One warp: fills the ring with each segment's groups."""
     BLOCK_N: gl.constexpr = weight_ring.shape[1]
     GROUP: gl.constexpr = codes_ring.shape[2]
-    STAGE_BYTES: gl.constexpr = BLOCK_M * GROUP + BLOCK_N * (GROUP // 2 + GROUP // 4)
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
+    tile, first, end = segment(0, rounds, tiles, whole_tiles, num_groups)
+    tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
+    early = gl.minimum(end - first, STAGES)
+    for stage in range(early):  # before the kernel ahead has ended: overlap.py
+        row = (first + stage) * weight_rows + tile_n * BLOCK_N
+        _load_weight(
+            weight_desc, high_bits_desc, weight_ring, high_bits_ring, full, stage, row,
+            BLOCK_M * GROUP,
+        )  # fmt: skip
+    gdc_wait()
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
         tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
         for group in range(first, end):
             stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            ready = full.index(stage)
-            mbarrier.expect(ready, STAGE_BYTES)
-            # past the last row TMA reads the next group's rows or zeros, which are not stored, and
+            if step >= early:
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                row = group * weight_rows + tile_n * BLOCK_N
+                _load_weight(
+                    weight_desc, high_bits_desc, weight_ring, high_bits_ring, full, stage, row,
+                    BLOCK_M * GROUP,
+                )  # fmt: skip
             # past the last channel or token zeros
-            row = group * weight_rows + tile_n * BLOCK_N
-            tma.async_copy_global_to_shared(weight_desc, [row, 0], ready, weight_ring.index(stage))
+            at = [tile_m * BLOCK_M, group * GROUP]
             tma.async_copy_global_to_shared(
-                high_bits_desc, [row, 0], ready, high_bits_ring.index(stage)
-            )
-            tma.async_copy_global_to_shared(
-                codes_desc, [tile_m * BLOCK_M, group * GROUP], ready, codes_ring.index(stage)
+                codes_desc, at, full.index(stage), codes_ring.index(stage)
             )
             step += 1
 
@@ -160,6 +182,7 @@ def _multiply(
     ROW: gl.constexpr = 64 * WARPGROUP
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
+    gdc_wait()
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
@@ -211,8 +234,7 @@ def float8_hopper_kernel(
     REGISTERS: gl.constexpr,
 ):
     """GAP: what the products' sums of placed codes are to be multiplied by."""
-    gdc_wait()  # overlap.py
-    gdc_launch_dependents()
+    gdc_launch_dependents()  # overlap.py
     codes_ring = gl.allocate_shared_memory(
         gl.float8e4nv, [STAGES, BLOCK_M, GROUP], codes_desc.layout
     )

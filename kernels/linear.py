@@ -30,7 +30,7 @@ from .formats import E2M1
 from .launching import Launch, buffer, plan
 from .library import define
 from .linear_hopper import HopperTiling
-from .overlap import overlap
+from .overlap import fetch_into_l2, overlap
 from .packing import GroupLayout, rows_per_group, unpack_e2m1, unpack_int4
 from .sizes import cdiv, next_power_of_2
 
@@ -224,8 +224,6 @@ def linear_kernel(
     row's scale, and a token has one scale (two_level_linear.py).
     """
     GROUP: tl.constexpr = 2 * HALF_GROUP
-    if OVERLAP:
-        gdc_wait()
     TIMES: tl.constexpr = 2.0 if IS_E2M1 else 16.0  # what `_unpack` multiplies by
     OUTLIERS_FIRST: tl.constexpr = BLOCK_M >= 64 and not TWO_LEVEL
     tile = tl.program_id(0)
@@ -248,25 +246,38 @@ def linear_kernel(
     weight_tile = weight_ptr + n_row[:, None] * HALF_GROUP + tl.arange(0, HALF_GROUP)[None, :]
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if TWO_LEVEL else tl.float32)
+    first = split * num_groups // splits
+    end = (split + 1) * num_groups // splits
+    if OVERLAP:  # fetching more of it takes longer than it saves
+        for ahead in tl.static_range(2):
+            row = tl.cast(first + ahead, tl.int64) * weight_rows + tile_n * BLOCK_N
+            if (first + ahead < end) & (tile_n * BLOCK_N + BLOCK_N <= N):
+                fetch_into_l2(weight_ptr + row * HALF_GROUP, BLOCK_N * HALF_GROUP)
+    group_scale = tl.load(
+        group_scale_ptr + tl.cast(first, tl.int64) * weight_rows + n, mask=live_n, other=0
+    )
     has_outliers = split == splits - 1
     if OUTLIERS > 0:
         lane = tl.arange(0, OUTLIER_BLOCK)
         live = (lane < OUTLIERS) & has_outliers
-        outlier_codes = tl.load(
-            codes_rows + codes_stride - OUTLIERS + lane[:, None], mask=live[:, None], other=0
-        )
         outlier_weight = tl.load(
             outlier_weight_ptr + n_row[:, None] * OUTLIERS + lane[None, :],
             mask=live[None, :],
             other=0,
         )
+        outlier_weight_scale = tl.load(
+            outlier_scale_ptr + n, mask=live_n & has_outliers, other=0.0
+        ) * (1.0 if TWO_LEVEL else TIMES)
+    if OVERLAP:
+        gdc_wait()
+    if OUTLIERS > 0:
+        outlier_codes = tl.load(
+            codes_rows + codes_stride - OUTLIERS + lane[:, None], mask=live[:, None], other=0
+        )
         last_scale = 1 if TWO_LEVEL else num_groups
         outlier_scale = tl.load(
             scale_ptr + tl.cast(last_scale, tl.int64) * M + m, mask=live_m & has_outliers, other=0.0
         )
-        outlier_weight_scale = tl.load(
-            outlier_scale_ptr + n, mask=live_n & has_outliers, other=0.0
-        ) * (1.0 if TWO_LEVEL else TIMES)
         # a large tile needs these registers in its loop, a small one would wait for the loads
         if OUTLIERS_FIRST:
             if has_outliers:
@@ -275,11 +286,6 @@ def linear_kernel(
                     outlier_weight_scale[:, None] * outlier_scale[None, :]
                 )
 
-    first = split * num_groups // splits
-    end = (split + 1) * num_groups // splits
-    group_scale = tl.load(
-        group_scale_ptr + tl.cast(first, tl.int64) * weight_rows + n, mask=live_n, other=0
-    )
     scale = tl.load(
         scale_ptr + tl.cast(0 if TWO_LEVEL else first, tl.int64) * M + m, mask=live_m, other=0.0
     )

@@ -97,6 +97,27 @@ def _owner(step, shared):
 
 
 @gluon.jit
+def _load_weight(
+    weight_desc, group_scale_ptr, weight_ring, group_scale_ring, full, stage, group, n0, N,
+    weight_rows, CODES_BYTES: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Begins a stage, which CODES_BYTES of activations are to follow."""
+    ready = full.index(stage)
+    rows: gl.constexpr = weight_ring.shape[1]
+    mbarrier.expect(ready, CODES_BYTES + rows * weight_ring.shape[2])
+    # past the last row TMA reads the next group's rows or zeros: neither is stored
+    tma.async_copy_global_to_shared(
+        weight_desc, [group * weight_rows + n0, 0], ready, weight_ring.index(stage)
+    )
+    n = n0 + gl.arange(0, rows, layout=layout)
+    async_copy.async_copy_global_to_shared(
+        group_scale_ring.index(stage),
+        group_scale_ptr + gl.cast(group, gl.int64) * weight_rows + n,
+        mask=n < N,
+    )
+
+
+@gluon.jit
 def _load(
     codes_desc,
     weight_desc,
@@ -130,29 +151,32 @@ def _load(
     last_scale = 1 if TWO_LEVEL else num_groups
     step = 0
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
+    tile, first, end = segment(0, rounds, tiles, whole_tiles, num_groups)
+    tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
+    early = gl.minimum(end - first, STAGES)
+    for stage in range(early):  # before the kernel ahead has ended: overlap.py
+        _load_weight(
+            weight_desc, group_scale_ptr, weight_ring, group_scale_ring, full, stage, first + stage,
+            tile_n * BLOCK_N, N, weight_rows, BLOCK_M * GROUP, rows_layout,
+        )  # fmt: skip
+    gdc_wait()
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
         tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
         m = gl.minimum(m0 + gl.arange(0, BLOCK_M, layout=tokens_layout), M - 1)
-        n = n0 + gl.arange(0, BLOCK_N, layout=rows_layout)
         for group in range(first, end):
             stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             ready = full.index(stage)
-            mbarrier.expect(ready, BLOCK_M * GROUP + BLOCK_N * GROUP // 2)
-            # past the last row TMA reads the next group's rows or zeros: neither is stored
-            tma.async_copy_global_to_shared(
-                weight_desc, [group * weight_rows + n0, 0], ready, weight_ring.index(stage)
-            )
+            if step >= early:
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                _load_weight(
+                    weight_desc, group_scale_ptr, weight_ring, group_scale_ring, full, stage, group,
+                    n0, N, weight_rows, BLOCK_M * GROUP, rows_layout,
+                )  # fmt: skip
             tma.async_copy_global_to_shared(
                 codes_desc, [m0, group * GROUP], ready, codes_ring.index(stage)
-            )
-            async_copy.async_copy_global_to_shared(
-                group_scale_ring.index(stage),
-                group_scale_ptr + gl.cast(group, gl.int64) * weight_rows + n,
-                mask=n < N,
             )
             if not TWO_LEVEL:
                 async_copy.async_copy_global_to_shared(
@@ -503,6 +527,7 @@ def _multiply(
     ROW: gl.constexpr = 64 * BLOCKS * WARPGROUP
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
+    gdc_wait()
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
@@ -588,8 +613,7 @@ def linear_hopper_kernel(
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    gdc_wait()  # overlap.py
-    gdc_launch_dependents()
+    gdc_launch_dependents()  # overlap.py
     BLOCK_N: gl.constexpr = 128 * BLOCKS
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     codes_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, GROUP], codes_desc.layout)

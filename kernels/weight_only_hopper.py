@@ -59,6 +59,40 @@ _PART_OF_GAP = gl.constexpr(2.0**100)
 
 
 @gluon.jit
+def _load_weight(
+    weight_desc, high_bits_desc, weight_scale_ptr, zero_point_ptr, weight_ring, high_bits_ring,
+    scale_ring, zero_point_ring, full, stage, group, n0, N, weight_rows, X_BYTES: gl.constexpr,
+    HAS_HIGH_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr,
+):  # fmt: skip
+    """Begins a stage, which X_BYTES of activations are to follow."""
+    BLOCK_N: gl.constexpr = weight_ring.shape[1]
+    HIGH_BYTES: gl.constexpr = high_bits_ring.shape[2] if HAS_HIGH_BITS else 0
+    ready = full.index(stage)
+    row = group * weight_rows + n0
+    mbarrier.expect(ready, X_BYTES + BLOCK_N * (weight_ring.shape[2] + HIGH_BYTES))
+    # past the last row TMA reads the next group's rows or zeros: neither is stored
+    tma.async_copy_global_to_shared(weight_desc, [row, 0], ready, weight_ring.index(stage))
+    if HAS_HIGH_BITS:
+        tma.async_copy_global_to_shared(
+            high_bits_desc, [row, 0], ready, high_bits_ring.index(stage)
+        )
+    # cp.async moves at least 4 bytes
+    SCALES: gl.constexpr = 32 // weight_scale_ptr.dtype.element_ty.primitive_bitwidth
+    scales_layout: gl.constexpr = gl.BlockedLayout([SCALES], [32], [1], [0])
+    zero_points_layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    n = n0 + gl.arange(0, BLOCK_N, layout=scales_layout)
+    scales = gl.cast(group, gl.int64) * weight_rows
+    async_copy.async_copy_global_to_shared(
+        scale_ring.index(stage), weight_scale_ptr + scales + n, mask=n < N
+    )
+    if HAS_ZERO_POINT:
+        n = n0 + gl.arange(0, BLOCK_N, layout=zero_points_layout)
+        async_copy.async_copy_global_to_shared(
+            zero_point_ring.index(stage), zero_point_ptr + scales + n, mask=n < N
+        )
+
+
+@gluon.jit
 def _load(
     x_desc,
     weight_desc,
@@ -85,47 +119,36 @@ def _load(
 ):
     """One warp: fills the ring with each segment's groups."""
     GROUP: gl.constexpr = x_ring.shape[2]
-    BYTES: gl.constexpr = (
-        2 * BLOCK_M * GROUP
-        + BLOCK_N * weight_ring.shape[2]
-        + (BLOCK_N * high_bits_ring.shape[2] if HAS_HIGH_BITS else 0)
-    )
-    # cp.async moves at least 4 bytes
-    SCALES: gl.constexpr = 32 // weight_scale_ptr.dtype.element_ty.primitive_bitwidth
-    scales_layout: gl.constexpr = gl.BlockedLayout([SCALES], [32], [1], [0])
-    zero_points_layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
+    tile, first, end = segment(0, rounds, tiles, whole_tiles, num_groups)
+    tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
+    early = gl.minimum(end - first, STAGES)
+    for stage in range(early):  # before the kernel ahead has ended: overlap.py
+        _load_weight(
+            weight_desc, high_bits_desc, weight_scale_ptr, zero_point_ptr, weight_ring,
+            high_bits_ring, scale_ring, zero_point_ring, full, stage, first + stage,
+            tile_n * BLOCK_N, N, weight_rows, 2 * BLOCK_M * GROUP, HAS_HIGH_BITS, HAS_ZERO_POINT,
+        )  # fmt: skip
+    gdc_wait()
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
         tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
-        m0 = tile_m * BLOCK_M
-        n0 = tile_n * BLOCK_N
-        n = n0 + gl.arange(0, BLOCK_N, layout=scales_layout)
-        n_zero = n0 + gl.arange(0, BLOCK_N, layout=zero_points_layout)
         for group in range(first, end):
             stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             ready = full.index(stage)
-            row = group * weight_rows + n0
-            mbarrier.expect(ready, BYTES)
-            # past the last row TMA reads the next group's rows or zeros: neither is stored; past
-            # the last channel zeros
-            tma.async_copy_global_to_shared(weight_desc, [row, 0], ready, weight_ring.index(stage))
-            if HAS_HIGH_BITS:
-                tma.async_copy_global_to_shared(
-                    high_bits_desc, [row, 0], ready, high_bits_ring.index(stage)
-                )
-            tma.async_copy_global_to_shared(x_desc, [m0, group * GROUP], ready, x_ring.index(stage))
-            scales = gl.cast(group, gl.int64) * weight_rows
-            async_copy.async_copy_global_to_shared(
-                scale_ring.index(stage), weight_scale_ptr + scales + n, mask=n < N
-            )
-            if HAS_ZERO_POINT:
-                async_copy.async_copy_global_to_shared(
-                    zero_point_ring.index(stage), zero_point_ptr + scales + n_zero, mask=n_zero < N
-                )
+            if step >= early:
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                _load_weight(
+                    weight_desc, high_bits_desc, weight_scale_ptr, zero_point_ptr, weight_ring,
+                    high_bits_ring, scale_ring, zero_point_ring, full, stage, group,
+                    tile_n * BLOCK_N, N, weight_rows, 2 * BLOCK_M * GROUP, HAS_HIGH_BITS,
+                    HAS_ZERO_POINT,
+                )  # fmt: skip
+            # past the last channel zeros
+            at = [tile_m * BLOCK_M, group * GROUP]
+            tma.async_copy_global_to_shared(x_desc, at, ready, x_ring.index(stage))
             async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
 
@@ -311,6 +334,7 @@ def _multiply(
     REST_OF_GAP: gl.constexpr = power_of_gap(EXPONENT_BITS, x_ring.dtype) / _PART_OF_GAP
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
+    gdc_wait()
     rounds, segments = count_segments(tiles, whole_tiles, num_groups)
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
@@ -371,8 +395,7 @@ def weight_only_hopper_kernel(
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    gdc_wait()  # overlap.py
-    gdc_launch_dependents()
+    gdc_launch_dependents()  # overlap.py
     BLOCK_N: gl.constexpr = 128 * BLOCKS
     HAS_HIGH_BITS: gl.constexpr = HIGH_BYTES > 0
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

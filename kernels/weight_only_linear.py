@@ -53,7 +53,7 @@ from .launching import Buffer, Launch, buffer, plan
 from .library import define
 from .linear import Tiling, split_tiles, store_tile, tile_in_band, tuned_tiling
 from .linear_hopper import HopperTiling
-from .overlap import overlap
+from .overlap import overlap, zero_when_ready
 from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight, rows_per_group
 from .sizes import cdiv
 from .weight_values import num_parts, power_left, power_of_e4m3, read_scale, to_values
@@ -144,7 +144,7 @@ def _operands(registers):
 
 @triton.jit
 def _side_by_side(tile, REGISTERS: tl.constexpr):
-    """An operand of `mma.sync` of 16 bits, its channels in another order, the same for both operands.
+    """An operand of `mma.sync` of 16 bits, its channels in another order, both operands' the same.
 
     Beside weights of a byte each a thread has four channels in a row, and then four of which each
     is 16 further on. One product takes the first two of both fours, the next one the last two; but
@@ -152,6 +152,9 @@ def _side_by_side(tile, REGISTERS: tl.constexpr):
     a hundred instructions. In this order it is the first four that it takes. Nothing is moved: the
     assembler renames. REGISTERS: 4 of the right operand have those eight channels of a token, 8 of
     the left one those of two rows.
+
+    The tile must be where tensor cores take it from, which is Triton's choice. Zero points of rows
+    have it unpack some shapes of tiles elsewhere.
     """
     return tl.inline_asm_elementwise(
         _exchanging(REGISTERS), _operands(REGISTERS), [tile],
@@ -214,11 +217,10 @@ def weight_only_kernel(
     DTYPE: tl.constexpr = tl.float16 if OF_BYTES else x_ptr.dtype.element_ty
     UNPLACED: tl.constexpr = power_left(EXPONENT_BITS, DTYPE) * (256.0 if OF_BYTES else 1.0)
     IS_SCALED: tl.constexpr = SCALE == "e4m3"
+    DEEP: tl.constexpr = PART_STEP >= 32  # two products of 16 bits
     SIDE_BY_SIDE: tl.constexpr = (
-        MMA_SYNC and DTYPE.primitive_bitwidth == 16 and PART_STEP >= 32  # two products deep
+        MMA_SYNC and DEEP and DTYPE.primitive_bitwidth == 16 and not HAS_ZERO_POINT
     )
-    if OVERLAP:
-        gdc_wait()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1) if IS_SPLIT else 1
@@ -266,6 +268,8 @@ def weight_only_kernel(
             at = part * PART_BYTES + byte
             packed = tl.load(weight_tile + first_row * HALF_GROUP + at)
             channel = group * 2 * HALF_GROUP + at
+            if OVERLAP:
+                channel += 2 * HALF_GROUP * zero_when_ready(step)  # no less aligned for it
             if RAGGED:
                 low_live = (channel + lane[:, None] < K) & live_m
                 high_live = (channel + HALF_GROUP + lane[:, None] < K) & live_m
@@ -298,6 +302,7 @@ def weight_only_kernel(
         if HAS_ZERO_POINT:
             zero_point = next_zero_point
     if OVERLAP:
+        gdc_wait()
         gdc_launch_dependents()
     acc *= UNPLACED
     if IS_SCALED or SCALE == "row":
@@ -508,8 +513,8 @@ def _pack(device: torch.device, tiling: Tiling) -> int:
 
 
 def _takes_mma_sync(device: torch.device, tiling: Tiling) -> bool:
-    """Whether Triton is known to multiply tiles of 16 bits by it."""
-    if device.type != "cuda":
+    """Whether Triton is known to multiply tiles of 16 bits by it, as `_side_by_side` needs it."""
+    if device.type != "cuda" or not triton.__version__.startswith(("3.6.", "3.7.")):
         return False
     has_tcgen05 = torch.cuda.get_device_capability(device)[0] in (10, 11)
     return not (is_hopper(device) or has_tcgen05) or not _fills_warpgroups(tiling)

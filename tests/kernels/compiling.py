@@ -90,9 +90,11 @@ class Compiled:
         compiled = triton.compile(source, target=self._target, options=options)
         smallest = 227 if kind is GluonASTSource else 99  # KiB of shared memory
         assert compiled.metadata.shared <= smallest * 1024, "more than the smallest GPU has"
-        if constants.get("MMA_SYNC"):  # what `_side_by_side` relies on
-            operands = re.findall(r"#ttg.dot_op<(.*?)>", str(compiled.asm["ttgir"]))
-            assert not any("kWidth = 2" in operand for operand in operands)
+        if constants.get("MMA_SYNC"):
+            check_side_by_side(str(compiled.asm["ttgir"]))
+            if constants.get("OVERLAP"):  # the first weights do not wait
+                ptx = str(compiled.asm["ptx"])
+                assert ptx.index("cp.async") < ptx.index("griddepcontrol.wait")
 
     @staticmethod
     def _type(value: Any) -> str:
@@ -103,6 +105,17 @@ class Compiled:
         if value is None:
             return "constexpr"
         return "i32" if isinstance(value, int) else "fp32"
+
+
+def check_side_by_side(ttgir: str) -> None:
+    """What `_side_by_side` relies on: it is where tensor cores take tiles from, four in a row."""
+    asm = re.compile(r"\{mov\.b32 \$0, \$[48];")
+    exchanging = [line for line in ttgir.splitlines() if asm.search(line)]
+    for line in exchanging:
+        assert "#ttg.dot_op" in line.rsplit("->")[1], line
+    if exchanging:
+        operands = re.findall(r"#ttg.dot_op<(.*?)>", ttgir)
+        assert not any("kWidth = 2" in operand for operand in operands)
 
 
 def main(capability: int) -> None:
@@ -182,6 +195,8 @@ def main(capability: int) -> None:
         patch.setattr(weight_only_linear, "_pack", lambda *its: 4 if takes_mma_sync(*its) else 2)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             compile_weight_only(dtype, group_size=128, symmetric=True, K=K)
+        compile_few_tokens(symmetric=True)
+        compile_few_tokens(symmetric=False)
         compile_weight_only(torch.bfloat16, group_size=32, symmetric=False, K=1000)
         compile_weight_only(torch.float16, group_size=512, symmetric=False, K=K)
         for format in formats.FORMATS:
@@ -238,6 +253,18 @@ def compile_weight_only(
         residual = torch.zeros(M, N, dtype=dtype)
         x = torch.zeros(M, K, dtype=dtype)
         weight_only_linear.launch(x, *packed, residual[0], residual, dtype, format=format)
+
+
+def compile_few_tokens(symmetric: bool) -> None:
+    """In every shape of tile that tuning tries."""
+    N, K = 512, 1024
+    layout = packing.GroupLayout(K, 128, 0)
+    packed = packing.pack_grouped(torch.randn(N, K), layout, 4, 1.0, symmetric)
+    for M in (8, 16):
+        x = torch.zeros(M, K, dtype=torch.bfloat16)
+        candidates = linear.split_candidates(M, K // 128, stages=(3,))
+        for tiling in (one for one in candidates if one.split_k == 1):
+            weight_only_linear.multiply_packed(x, *packed, None, None, tiling)
 
 
 def compile_float8(format: str, K: int) -> None:
