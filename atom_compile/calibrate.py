@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence, Sized
+import warnings
+from collections.abc import Container, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from .capture import captured
 from .errors import AtomError, OptionError, TrainingModeError
+from .expert_names import weights_of_experts
 from .passes.canonical import canonicalize
 from .passes.graphs import copy_graph_module
 from .passes.linears import FoundLinear, find_linears, is_weight
 from .passes.plan import plan_linears
+from .passes.stacks import take_apart
 from .precision import Noise, allocate, counts_to_try
 from .progress import track
 from .recipe import LayerChoice, Recipe, RoundedWeight
@@ -81,10 +84,11 @@ def calibrate(
         scheme = dataclasses.replace(scheme, int8_share=int8_budget)
     statistics = _observe(model, batches, scheme, include_head, progress)
     diagonals, shapes = statistics.finish()
+    calls = [[_reached(call, diagonals) for call in of_batch] for of_batch in statistics.calls]
     recipe = Recipe(scheme, diagonals, shapes)
     if not gptq and not scheme.int8_share and error_budget is None:
         return recipe
-    together = abreast(statistics.calls)
+    together = abreast(calls)
     if not scheme.sorts_channels:
         orders, layers = _unsorted(together, recipe)
     else:
@@ -147,6 +151,13 @@ def _unsorted(
     return orders, {name: LayerChoice(activation_clip=1.0) for name in orders}
 
 
+def _reached(call: Call, names: Container[str]) -> Call:
+    """Without the linears of experts that no token of any batch reached."""
+    return dataclasses.replace(
+        call, linears=tuple(found for found in call.linears if found.name in names)
+    )
+
+
 def _spread(calls: Sequence[Call]) -> Sequence[Call]:
     return calls[:: max(1, -(-len(calls) // _MOST_MEASURED))]
 
@@ -196,6 +207,7 @@ class _Statistics:
         """For each batch, the calls of captured graphs that it took."""
         self._scheme = scheme
         self._include_head = include_head
+        self._of_experts = weights_of_experts(model)
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._names |= {id(buffer): name for name, buffer in model.named_buffers()}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -210,6 +222,12 @@ class _Statistics:
             for node, example in zip(placeholders, example_inputs, strict=True)
             if is_weight(node) and id(example) in self._names
         }
+        stacks = {
+            node: self._of_experts[name] for node, name in names.items() if name in self._of_experts
+        }
+        position = {node: number for number, node in enumerate(placeholders)}
+        expert_weights = take_apart(gm, stacks)
+        names |= {weight.placeholder: weight.name for weight in expert_weights}
         observed: dict[Node, list[str]] = {}
         linears = [found for found in find_linears(gm, names) if found.weight in names]
         for found in linears:
@@ -218,7 +236,9 @@ class _Statistics:
         planned = plan_linears(linears, self._scheme, None, self._include_head, ())
         wanted = tuple(plan.found for plan in planned if plan.transform is not None)
 
-        def run(*args: Any) -> Any:
+        def run(*given: Any) -> Any:
+            of_each = (weight.of(given[position[weight.stack]]) for weight in expert_weights)
+            args = *given, *of_each
             self.calls[-1].append(Call(gm, args, wanted))
             return _Observer(gm, observed, self._add).run(*args)
 
@@ -237,9 +257,19 @@ class _Statistics:
                 "calibration reached no linear with a weight of the model's own: "
                 "nothing to quantize"
             )
+        unread = {name for names in self._of_experts.values() for name in names}
+        unread = {name for name in unread if self._tokens.get(name) == 0}
+        if unread:
+            warnings.warn(
+                f"no token of the batches reached {len(unread)} linears of experts, such as "
+                f"{min(unread)}: nothing is known of them, and they will be rounded to nearest; "
+                "more text, or text of more kinds, helps",
+                stacklevel=3,
+            )
         means = {
             name: (sums / max(self._tokens[name], 1)).float().cpu()
             for name, sums in self._sums.items()
+            if name not in unread
         }
         for name, mean in means.items():
             if not bool(torch.isfinite(mean).all()):
@@ -247,7 +277,7 @@ class _Statistics:
                     f"the input of {name} is not finite on the calibration batches; "
                     "check model and data"
                 )
-        return means, self._shapes
+        return means, {name: self._shapes[name] for name in means}
 
 
 class _Observer(Interpreter):

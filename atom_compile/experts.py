@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .expert_names import first_of, is_experts, linears_of
 from .options import Options
 from .packer import Places, Plan, make_plan
 
@@ -36,15 +37,15 @@ class ExpertLinears(nn.ModuleList):
     """
 
     def __init__(self, experts: Any) -> None:
-        ups, downs = _linears(experts, _first(experts)), _linears(experts, "down_proj")
+        ups, downs = _linears(experts, first_of(experts)), _linears(experts, "down_proj")
         super().__init__(Expert(*both) for both in zip(ups, downs, strict=True))
         # of the module that this one replaces, which is left without weights; no module, which
         # would be one of the list
         self.activation = experts._apply_gate if experts.has_gate else experts.act_fn.__call__
         # in files it stops programs without atom_compile: a name of theirs, and another shape
-        stack = getattr(experts, _first(experts))
+        stack = getattr(experts, first_of(experts))
         marker = stack.detach().new_zeros(len(stack), 4 if experts.has_gate else 2, 2)
-        self.register_buffer(_first(experts), marker)
+        self.register_buffer(first_of(experts), marker)
         self.train(experts.training)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -76,11 +77,7 @@ class Split:
     @property
     def stacks(self) -> dict[str, list[str]]:
         """The names of the linears whose weights lie in one tensor, by its name."""
-        numbers = range(len(self.linears))
-        return {
-            f"{self.name}.{stack}": [f"{self.name}.{number}.{linear}" for number in numbers]
-            for stack, linear in ((_first(self.experts), "gate_up"), ("down_proj", "down"))
-        }
+        return linears_of(self.name, self.experts, len(self.linears))
 
     def rows(self, stack: Iterable[Tensor]) -> list[Tensor]:
         """Of a tensor of all experts each one's, as a linear has it; or the reverse of it."""
@@ -89,8 +86,8 @@ class Split:
     @property
     def marker(self) -> dict[str, Tensor]:
         """By its name in files, what takes the place of a tensor of all experts there."""
-        buffer = self.linears.get_buffer(_first(self.experts))
-        return {f"{self.name}.{_first(self.experts)}": torch.zeros_like(buffer, device="cpu")}
+        buffer = self.linears.get_buffer(first_of(self.experts))
+        return {f"{self.name}.{first_of(self.experts)}": torch.zeros_like(buffer, device="cpu")}
 
     def stacked(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of all experts, of those of each, which it takes out of `tensors`."""
@@ -118,7 +115,7 @@ class Split:
     def settle(self) -> None:
         """Weights that were not packed get memory of their own: else all would be held."""
         (marker,) = self.marker.values()
-        self.linears.register_buffer(_first(self.experts), marker)
+        self.linears.register_buffer(first_of(self.experts), marker)
         for linear in self.linears.modules():
             if isinstance(linear, nn.Linear):
                 linear.weight = _owned(linear.weight)
@@ -129,7 +126,7 @@ def split_experts(model: nn.Module, linears: Collection[str] | None = None) -> l
     splits = [
         Split(name, module, ExpertLinears(module))
         for name, module in model.named_modules()
-        if _is_experts(module) and (linears is None or _has_one_of(name, linears))
+        if is_experts(module) and (linears is None or _has_one_of(name, linears))
     ]
     put(model, splits, split=True)
     return splits
@@ -148,10 +145,7 @@ def plan_with_experts(
     options: Options,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
 ) -> tuple[Plan, list[Split]]:
-    """`make_plan`, and the modules of experts that it packs something of, which are split then.
-
-    A recipe says nothing of experts, which are rounded to nearest.
-    """
+    """`make_plan`, and the modules of experts that it packs something of, which are split then."""
     splits = split_experts(model)
     linears = [name for one in splits for stack in one.stacks.values() for name in stack]
     try:
@@ -167,21 +161,8 @@ def plan_with_experts(
     return plan, [one for one in splits if one not in whole]
 
 
-def _is_experts(module: Any) -> bool:
-    """As transformers' `use_experts_implementation` marks them."""
-    if not hasattr(module, "is_transposed") or "forward" in module.__dict__:
-        return False
-    stacks = (getattr(module, name, None) for name in ("gate_up_proj", "up_proj", "down_proj"))
-    held = [one for one in stacks if isinstance(one, nn.Parameter) and one.dim() == 3]
-    return len(held) == 2
-
-
 def _has_one_of(name: str, linears: Collection[str]) -> bool:
     return any(linear.startswith(f"{name}.") for linear in linears)
-
-
-def _first(experts: Any) -> str:
-    return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def _linears(experts: Any, name: str) -> list[nn.Linear]:

@@ -51,12 +51,14 @@ def make_plan(
     model: nn.Module,
     options: Options,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
-    uncalibrated: Collection[str] = (),
+    of_experts: Collection[str] = (),
 ) -> Plan:
     """What `quantize` will do; nothing is changed, and no weight is read: it may be on meta.
 
-    uncalibrated: names of linears for which a recipe is not asked.
+    of_experts: names of linears that read tokens of their own, and that a recipe need not know.
     """
+    known = {} if options.recipe is None else options.recipe.shapes
+    uncalibrated = frozenset(name for name in of_experts if f"{name}.weight" not in known)
     left: dict[str, str] = {}
     linears: dict[str, nn.Module] = {}
     shared = _shared_parameters(model)
@@ -69,7 +71,7 @@ def make_plan(
                 linears[name] = module
     head_modules = _heads(model)
     groups: list[tuple[str, ...]] = []
-    for readers in find_readers(model, linears, options.recipe, example_inputs):
+    for readers in find_readers(model, linears, options.recipe, example_inputs, of_experts):
         calibrated = options if readers[0] not in uncalibrated else _without_recipe(options)
         plans = _plan_readers({name: linears[name] for name in readers}, calibrated, head_modules)
         alike: dict[Any, list[str]] = defaultdict(list)
@@ -86,7 +88,7 @@ def make_plan(
         if parameter.dim() > 1 and name not in quantized:
             owner = model.get_submodule(name.rpartition(".")[0])
             left.setdefault(name, f"it belongs to a {type(owner).__name__}, not to a linear")
-    return Plan(tuple(groups), left, frozenset(uncalibrated))
+    return Plan(tuple(groups), left, uncalibrated)
 
 
 def pack_group(linears: Linears, options: Options) -> dict[str, QuantizedLinear]:
@@ -244,10 +246,11 @@ def find_readers(
     linears: Linears,
     recipe: Recipe | None,
     example_inputs: Sequence[Any] | Mapping[str, Any] | None,
+    of_experts: Collection[str] = (),
 ) -> list[list[str]]:
-    """The names of `linears`, those that read one activation together."""
+    """The names of `linears`, those that read one activation together; see `make_plan`."""
     if recipe is not None:
-        return group_by_recipe(list(linears), recipe)
+        return group_by_recipe(list(linears), recipe, alone=of_experts)
     with torch.device("cpu"):
         inputs = example_inputs or getattr(model, "dummy_inputs", None)
     if inputs is None:

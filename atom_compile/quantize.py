@@ -61,7 +61,7 @@ def quantize(
     transformers can be saved with `save_pretrained` and loaded with `from_pretrained`.
 
     Quantized are modules that are `nn.Linear` or transformers' `Conv1D`, and the experts of
-    transformers' mixtures, which get linears of their own and are rounded to nearest (experts.py).
+    transformers' mixtures, which get linears of their own (experts.py).
     All others, weights that several modules share, and heads are left alone and reported.
 
     model: in eval mode, on any device.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,11 +44,17 @@ def group_readers(
     return list(together.values())
 
 
-def group_by_recipe(names: Sequence[str], recipe: Recipe) -> list[list[str]]:
-    """As `group_readers`, of what calibration saw: one activation has one Hessian diagonal."""
+def group_by_recipe(
+    names: Sequence[str], recipe: Recipe, alone: Collection[str] = ()
+) -> list[list[str]]:
+    """As `group_readers`, of what calibration saw: one activation has one Hessian diagonal.
+
+    alone: those that share none, even where they saw the same.
+    """
     together: dict[bytes, list[str]] = defaultdict(list)
     for name in names:
-        diagonal = recipe.hessian_diagonal.get(f"{name}.weight")
+        known = {} if name in alone else recipe.hessian_diagonal
+        diagonal = known.get(f"{name}.weight")
         key = name.encode() if diagonal is None else diagonal.numpy().tobytes()
         together[key].append(name)
     return list(together.values())

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .content import content_hash
 from .errors import RecipeError, unknown
+from .expert_names import shapes_of_experts
 from .files import write_whole
 from .kernels.packing import (
     AnyWeight,
@@ -126,12 +127,14 @@ class Recipe:
         Returns the recipe.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
+        shapes = {name: tuple(one.shape) for name, one in parameters.items()}
+        shapes |= shapes_of_experts(model)
         for name in self.shapes:
-            if name not in parameters:
+            if name not in shapes:
                 missing = unknown("parameter", name, list(parameters)[:8])
                 raise RecipeError(f"the recipe is of another model: {missing}")
-            self._check_shape(name, tuple(parameters[name].shape))
-        for name in self.shapes:
+            self._check_shape(name, shapes[name])
+        for name in self.shapes.keys() & parameters.keys():
             self._names[parameters[name]] = name
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from atom_compile import AtomConfig, calibrate, explain, load, quantize, save
-from atom_compile.errors import CheckpointError, NothingRewrittenError
+from atom_compile import AtomConfig, Recipe, calibrate, explain, load, quantize, save
+from atom_compile.errors import CheckpointError, NothingRewrittenError, RecipeError
 from atom_compile.experts import ExpertLinears, split_experts
 from atom_compile.int4_checkpoints import BlockLinear
 from atom_compile.int4_models import _joined
@@ -145,16 +146,69 @@ def test_in_another_precision_and_from_the_disk(family: str, tmp_path: Path) -> 
     assert torch.equal(logits(offloaded), logits(model))
 
 
-def test_a_recipe_leaves_experts_to_be_rounded_to_nearest(tmp_path: Path) -> None:
-    model = mixture("Qwen3Moe")
+def divergence(model: Any, wanted: Tensor, text: Tensor) -> float:
+    """In nats, from what was wanted of the logits."""
+    with torch.no_grad():
+        got = model(text).logits.log_softmax(-1)
+    return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a16", "w6a8"])
+def test_calibrated_experts_are_nearer_than_rounded_ones(
+    family: str, scheme: str, tmp_path: Path
+) -> None:
+    model = mixture(family)
     model.save_pretrained(tmp_path / "plain")
-    recipe = calibrate(model, [token_batch(1, 32)], progress=False)
-    done = quantize(model, recipe, progress=False)
+    text = torch.randint(96, (8, 48), generator=torch.Generator().manual_seed(0))
+    recipe = calibrate(model, text.split(4), scheme=scheme, progress=False).bind(model)
+    calibrated = [name for name in recipe.rounded if ".experts." in name]
+    assert len(calibrated) == len(recipe.rounded) - 4
+    with torch.no_grad():
+        wanted = model(text).logits.log_softmax(-1)
+    nearest = copy.deepcopy(model)
+    quantize(nearest, scheme, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no weight is said to have changed
+        done = quantize(model, recipe, progress=False)
     assert sum(map(len, done.groups)) == LINEARS
+    assert divergence(model, wanted, text) < 0.7 * divergence(nearest, wanted, text)
+    recipe.save(tmp_path / "recipe.safetensors")
     loading = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "plain", quantization_config=AtomConfig(recipe=recipe)
+        tmp_path / "plain",
+        quantization_config=AtomConfig(recipe=tmp_path / "recipe.safetensors"),
     )
     assert torch.equal(logits(loading), logits(model))
+
+
+def test_experts_that_torch_multiplies_by_an_operator_of_its_own() -> None:
+    model = mixture("Mixtral").to(torch.bfloat16)
+    recipe = calibrate(model, [token_batch(2, 48)], progress=False, gptq=False)
+    assert len([name for name in recipe.shapes if ".experts." in name]) == 8
+
+
+def test_experts_that_no_token_reached_are_rounded_to_nearest() -> None:
+    model = mixture("Mixtral")
+    with pytest.warns(UserWarning, match="no token of the batches reached 4 linears"):
+        recipe = calibrate(model, [torch.zeros(1, 1, dtype=torch.int64)], progress=False)
+    reached = {name for name in recipe.rounded if ".experts." in name}
+    assert len(reached) == 4
+    assert sum(map(len, quantize(model, recipe, progress=False).groups)) == LINEARS
+
+
+def test_a_recipe_that_knows_no_experts() -> None:
+    model, other = mixture("Qwen3Moe"), mixture("Qwen3Moe")
+    recipe = calibrate(model, [token_batch(1, 32)], "w4a16", progress=False, gptq=False)
+    known = {name: one for name, one in recipe.shapes.items() if ".experts." not in name}
+    diagonals = {name: recipe.hessian_diagonal[name] for name in known}
+    quantize(model, Recipe(recipe.scheme, diagonals, known), progress=False)
+    quantize(other, "w4a16", progress=False)
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_a_recipe_of_other_experts_is_refused() -> None:
+    recipe = calibrate(mixture("Mixtral"), [token_batch(1, 32)], progress=False, gptq=False)
+    with pytest.raises(RecipeError, match=r"another model: .*experts\.0\.gate_up\.weight was"):
+        recipe.bind(mixture("Qwen3Moe"))
 
 
 @pytest.mark.parametrize(
