@@ -42,11 +42,10 @@ from .weight_values import placing_in_e4m3
 
 
 @gluon.jit
-def _load_weight(
-    weight_desc, high_bits_desc, weight_ring, high_bits_ring, full, stage, row,
-    CODES_BYTES: gl.constexpr,
-):  # fmt: skip
+def _load_weight(inputs, rings, stage, row, CODES_BYTES: gl.constexpr):
     """Begins a stage, which CODES_BYTES of activations are to follow."""
+    _, weight_desc, high_bits_desc = inputs
+    _, weight_ring, high_bits_ring, full, _ = rings
     ready = full.index(stage)
     ROW_BYTES: gl.constexpr = weight_ring.shape[2] + high_bits_ring.shape[2]
     mbarrier.expect(ready, CODES_BYTES + weight_ring.shape[1] * ROW_BYTES)
@@ -57,12 +56,13 @@ def _load_weight(
 
 @gluon.jit
 def _load(
-    codes_desc, weight_desc, high_bits_desc, codes_ring, weight_ring, high_bits_ring, full, empty,
-    M, N, weight_rows, num_groups, whole_tiles, BLOCK_M: gl.constexpr,
+    inputs, rings, sizes, weight_rows, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: fills the ring with each segment's groups."""
-    BLOCK_N: gl.constexpr = weight_ring.shape[1]
+    codes_desc, _, _ = inputs
+    codes_ring, _, _, full, empty = rings
+    M, N, num_groups, whole_tiles = sizes
     GROUP: gl.constexpr = codes_ring.shape[2]
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
@@ -72,10 +72,7 @@ def _load(
     early = gl.minimum(end - first, STAGES)
     for stage in range(early):  # before the kernel ahead has ended: overlap.py
         row = (first + stage) * weight_rows + tile_n * BLOCK_N
-        _load_weight(
-            weight_desc, high_bits_desc, weight_ring, high_bits_ring, full, stage, row,
-            BLOCK_M * GROUP,
-        )  # fmt: skip
+        _load_weight(inputs, rings, stage, row, BLOCK_M * GROUP)
     gdc_wait()
     for number in range(segments):
         tile, first, end = segment(number, rounds, tiles, whole_tiles, num_groups)
@@ -85,10 +82,7 @@ def _load(
             if step >= early:
                 mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
                 row = group * weight_rows + tile_n * BLOCK_N
-                _load_weight(
-                    weight_desc, high_bits_desc, weight_ring, high_bits_ring, full, stage, row,
-                    BLOCK_M * GROUP,
-                )  # fmt: skip
+                _load_weight(inputs, rings, stage, row, BLOCK_M * GROUP)
             # past the last channel or token zeros
             at = [tile_m * BLOCK_M, group * GROUP]
             tma.async_copy_global_to_shared(
@@ -129,11 +123,11 @@ _AT_ONCE = gl.constexpr(4)  # groups whose sum the tensor cores keep
 
 @gluon.jit
 def _sum_groups(
-    codes_ring, weight_ring, high_bits_ring, full, empty, step, groups, ROW: gl.constexpr,
-    EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr,
+    rings, step, groups, ROW: gl.constexpr, EXPONENT_BITS: gl.constexpr,
+    MANTISSA_BITS: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The sum over a segment's groups, (64, BLOCK_M) float32."""
+    codes_ring, weight_ring, high_bits_ring, full, empty = rings
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     acc = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
@@ -170,15 +164,14 @@ def _sum_groups(
 
 @gluon.jit
 def _multiply(
-    scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
-    codes_ring, weight_ring, high_bits_ring, full, empty, M, N, num_groups, whole_tiles,
-    WARPGROUP: gl.constexpr, EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr,
-    GAP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    scales, outputs, rings, sizes, WARPGROUP: gl.constexpr, EXPONENT_BITS: gl.constexpr,
+    MANTISSA_BITS: gl.constexpr, GAP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its 64 rows of every segment's tile."""
+    scale_ptr, row_scale_ptr = scales
+    M, N, num_groups, whole_tiles = sizes
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
-    BLOCK_N: gl.constexpr = weight_ring.shape[1]
     ROW: gl.constexpr = 64 * WARPGROUP
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
@@ -190,18 +183,16 @@ def _multiply(
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N + ROW
         acc, step = _sum_groups(
-            codes_ring, weight_ring, high_bits_ring, full, empty, step, end - first, ROW,
-            EXPONENT_BITS, MANTISSA_BITS, BLOCK_M, STAGES,
-        )  # fmt: skip
+            rings, step, end - first, ROW, EXPONENT_BITS, MANTISSA_BITS, BLOCK_M, STAGES
+        )
         n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
         m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, mma))
         scale = gl.load(scale_ptr + m, mask=m < M, other=0.0)[None, :]
         row_scale = gl.load(row_scale_ptr + n, mask=n < N, other=0.0)[:, None]
         acc = acc * GAP * (row_scale * scale)
         finish(
-            acc, acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
-            tile - whole_tiles, first, end, num_groups, tiles - whole_tiles, WARPGROUP, 1,
-            HAS_BIAS, HAS_RESIDUAL,
+            acc, acc, outputs, sizes, tile, first, end, m0, n0, WARPGROUP, 1, HAS_BIAS,
+            HAS_RESIDUAL,
         )  # fmt: skip
 
 
@@ -249,24 +240,22 @@ def float8_hopper_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
+    inputs = codes_desc, weight_desc, high_bits_desc
+    scales = scale_ptr, row_scale_ptr
+    outputs = bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr
+    rings = codes_ring, weight_ring, high_bits_ring, full, empty
+    sizes = M, N, num_groups, whole_tiles
     gl.warp_specialize(
         [
             (_multiply, (
-                scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-                arrivals_ptr, codes_ring, weight_ring, high_bits_ring, full, empty, M, N,
-                num_groups, whole_tiles, gl.constexpr(0), EXPONENT_BITS, MANTISSA_BITS, GAP,
-                BLOCK_M, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                scales, outputs, rings, sizes, gl.constexpr(0), EXPONENT_BITS, MANTISSA_BITS, GAP,
+                BLOCK_M, BLOCK_N, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_multiply, (
-                scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-                arrivals_ptr, codes_ring, weight_ring, high_bits_ring, full, empty, M, N,
-                num_groups, whole_tiles, gl.constexpr(1), EXPONENT_BITS, MANTISSA_BITS, GAP,
-                BLOCK_M, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                scales, outputs, rings, sizes, gl.constexpr(1), EXPONENT_BITS, MANTISSA_BITS, GAP,
+                BLOCK_M, BLOCK_N, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
-            (_load, (
-                codes_desc, weight_desc, high_bits_desc, codes_ring, weight_ring, high_bits_ring,
-                full, empty, M, N, weight_rows, num_groups, whole_tiles, BLOCK_M, STAGES,
-            )),
+            (_load, (inputs, rings, sizes, weight_rows, BLOCK_M, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],

@@ -11,6 +11,9 @@ A tile is out^T = weight codes^T: BLOCK_N = 128 * BLOCKS outputs and BLOCK_M tok
 with `BLOCKS` times 64 of the outputs. Programs are persistent and go over the tiles in bands; what
 would be a last, half-empty round of tiles is shared out evenly along K instead ("stream-K", arXiv
 2301.03598): each program leaves a partial sum, and the last to arrive at a tile adds them up.
+
+What roles share goes from function to function in tuples: `inputs` that are loaded, `outputs` with
+what a tile's end reads, `rings` of stages with the mbarriers of full and empty ones, and `sizes`.
 """
 
 from __future__ import annotations
@@ -98,18 +101,21 @@ def _owner(step, shared):
 
 @gluon.jit
 def _load_weight(
-    weight_desc, group_scale_ptr, weight_ring, group_scale_ring, full, stage, group, n0, N,
-    weight_rows, CODES_BYTES: gl.constexpr, layout: gl.constexpr,
+    inputs, rings, stage, group, n0, N, weight_rows, CODES_BYTES: gl.constexpr,
+    TWO_LEVEL: gl.constexpr,
 ):  # fmt: skip
     """Begins a stage, which CODES_BYTES of activations are to follow."""
+    _, weight_desc, _, _, group_scale_ptr = inputs
+    _, weight_ring, _, group_scale_ring, full, _ = rings
     ready = full.index(stage)
-    rows: gl.constexpr = weight_ring.shape[1]
-    mbarrier.expect(ready, CODES_BYTES + rows * weight_ring.shape[2])
+    BLOCK_N: gl.constexpr = weight_ring.shape[1]
+    mbarrier.expect(ready, CODES_BYTES + BLOCK_N * weight_ring.shape[2])
     # past the last row TMA reads the next group's rows or zeros: neither is stored
-    tma.async_copy_global_to_shared(
-        weight_desc, [group * weight_rows + n0, 0], ready, weight_ring.index(stage)
-    )
-    n = n0 + gl.arange(0, rows, layout=layout)
+    row = group * weight_rows + n0
+    tma.async_copy_global_to_shared(weight_desc, [row, 0], ready, weight_ring.index(stage))
+    # cp.async moves at least 4 bytes
+    layout: gl.constexpr = gl.BlockedLayout([4 if TWO_LEVEL else 2], [32], [1], [0])
+    n = n0 + gl.arange(0, BLOCK_N, layout=layout)
     async_copy.async_copy_global_to_shared(
         group_scale_ring.index(stage),
         group_scale_ptr + gl.cast(group, gl.int64) * weight_rows + n,
@@ -119,34 +125,15 @@ def _load_weight(
 
 @gluon.jit
 def _load(
-    codes_desc,
-    weight_desc,
-    outlier_desc,
-    scale_ptr,
-    group_scale_ptr,
-    codes_ring,
-    weight_ring,
-    scale_ring,
-    group_scale_ring,
-    full,
-    empty,
-    M,
-    N,
-    weight_rows,
-    num_groups,
-    whole_tiles,
-    outliers_at,
-    OUTLIER_STEPS: gl.constexpr,
-    TWO_LEVEL: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    inputs, rings, sizes, weight_rows, outliers_at, OUTLIER_STEPS: gl.constexpr,
+    TWO_LEVEL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """One warp: fills the ring with each segment's groups, and with outliers at a tile's end."""
+    codes_desc, _, outlier_desc, scale_ptr, _ = inputs
+    codes_ring, weight_ring, scale_ring, _, full, empty = rings
+    M, N, num_groups, whole_tiles = sizes
     GROUP: gl.constexpr = codes_ring.shape[2]
-    tokens_layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    # cp.async moves at least 4 bytes
-    rows_layout: gl.constexpr = gl.BlockedLayout([4 if TWO_LEVEL else 2], [32], [1], [0])
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     last_scale = 1 if TWO_LEVEL else num_groups
     step = 0
@@ -156,8 +143,8 @@ def _load(
     early = gl.minimum(end - first, STAGES)
     for stage in range(early):  # before the kernel ahead has ended: overlap.py
         _load_weight(
-            weight_desc, group_scale_ptr, weight_ring, group_scale_ring, full, stage, first + stage,
-            tile_n * BLOCK_N, N, weight_rows, BLOCK_M * GROUP, rows_layout,
+            inputs, rings, stage, first + stage, tile_n * BLOCK_N, N, weight_rows, BLOCK_M * GROUP,
+            TWO_LEVEL,
         )  # fmt: skip
     gdc_wait()
     for number in range(segments):
@@ -165,16 +152,15 @@ def _load(
         tile_m, tile_n = tile_at(tile, M, N, BLOCK_M, BLOCK_N)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
-        m = gl.minimum(m0 + gl.arange(0, BLOCK_M, layout=tokens_layout), M - 1)
+        m = gl.minimum(m0 + gl.arange(0, BLOCK_M, layout=layout), M - 1)
         for group in range(first, end):
             stage = step % STAGES
             ready = full.index(stage)
             if step >= early:
                 mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
                 _load_weight(
-                    weight_desc, group_scale_ptr, weight_ring, group_scale_ring, full, stage, group,
-                    n0, N, weight_rows, BLOCK_M * GROUP, rows_layout,
-                )  # fmt: skip
+                    inputs, rings, stage, group, n0, N, weight_rows, BLOCK_M * GROUP, TWO_LEVEL
+                )
             tma.async_copy_global_to_shared(
                 codes_desc, [m0, group * GROUP], ready, codes_ring.index(stage)
             )
@@ -294,14 +280,14 @@ def _group_rescaled(acc, sums, group_scale_ring, scale_ring, stage, ROW: gl.cons
 
 @gluon.jit
 def _sum_groups(
-    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
-    groups, ROW: gl.constexpr, IS_E2M1: gl.constexpr, BLOCK_M: gl.constexpr,
+    rings, step, groups, ROW: gl.constexpr, IS_E2M1: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Two groups at a time, each with its own scales, of the weight as it is unpacked: float32.
 
     (64, BLOCK_M) of 16 times the sum or, of E2M1, twice the sum.
     """
+    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty = rings
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     acc = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
@@ -339,11 +325,11 @@ def _sum_groups(
 
 @gluon.jit
 def _sum_groups_of_blocks(
-    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
-    groups, ROW: gl.constexpr, IS_E2M1: gl.constexpr, BLOCK_M: gl.constexpr,
+    rings, step, groups, ROW: gl.constexpr, IS_E2M1: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """As _sum_groups, of two blocks of rows and a group at a time."""
+    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty = rings
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     upper = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
@@ -368,11 +354,11 @@ def _sum_groups_of_blocks(
 
 @gluon.jit
 def _sum_rows(
-    codes_ring, weight_ring, group_scale_ring, full, empty, step,
-    groups, WARPGROUP: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_M: gl.constexpr,
+    rings, step, groups, WARPGROUP: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The INT32 sums over a segment's groups of one or two blocks of rows, (64, BLOCK_M) each."""
+    codes_ring, weight_ring, _, group_scale_ring, full, empty = rings
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     ROW: gl.constexpr = 64 * BLOCKS * WARPGROUP
@@ -397,10 +383,11 @@ def _sum_rows(
 
 @gluon.jit
 def _with_outliers(
-    acc, codes_ring, weight_ring, scale_ring, full, step, outlier_scale_ptr, n0, N,
-    ROW: gl.constexpr, OUTLIER_STEPS: gl.constexpr, STAGES: gl.constexpr,
+    acc, rings, step, outlier_scale_ptr, n0, N, ROW: gl.constexpr, OUTLIER_STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Adds the outliers' product to 64 outputs from n0 on."""
+    codes_ring, weight_ring, scale_ring, _, full, _ = rings
     mma: gl.constexpr = acc.type.layout
     n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
     nothing = gl.zeros(acc.shape, gl.int32, layout=mma)
@@ -418,7 +405,7 @@ def _with_outliers(
 
 
 @gluon.jit
-def gather_parts(
+def _gather_parts(
     acc, partial_ptr, arrivals_ptr, shared_tile, first, end, num_groups, shared_tiles,
     BLOCK: gl.constexpr, BLOCKS: gl.constexpr,
 ):  # fmt: skip
@@ -449,11 +436,11 @@ def gather_parts(
 
 
 @gluon.jit
-def store_rows(
-    acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr,
+def _store_rows(
+    acc, outputs, m0, n0, M, N, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """Adds bias and residual to 64 outputs from n0 on, and stores them."""
+    bias_ptr, residual_ptr, out_ptr, _, _ = outputs
     BLOCK_M: gl.constexpr = acc.shape[1]
     mma: gl.constexpr = acc.type.layout
     dtype: gl.constexpr = out_ptr.dtype.element_ty
@@ -474,54 +461,54 @@ def store_rows(
 
 @gluon.jit
 def finish(
-    upper, lower, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
-    shared_tile, first, end, num_groups, shared_tiles, WARPGROUP: gl.constexpr,
+    upper, lower, outputs, sizes, tile, first, end, m0, n0, WARPGROUP: gl.constexpr,
     BLOCKS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """Stores a warpgroup's outputs, from n0 on, once the sums of all groups are there.
 
     `lower` is read if BLOCKS, of 64 outputs, is 2.
     """
+    BLOCK: gl.constexpr = BLOCKS * WARPGROUP
     _finish_block(
-        upper, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
-        shared_tile, first, end, num_groups, shared_tiles, BLOCKS * WARPGROUP, 2 * BLOCKS,
-        HAS_BIAS, HAS_RESIDUAL,
-    )  # fmt: skip
+        upper, outputs, sizes, tile, first, end, m0, n0, BLOCK, 2 * BLOCKS, HAS_BIAS, HAS_RESIDUAL
+    )
     if BLOCKS == 2:
         _finish_block(
-            lower, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0 + 64, M, N,
-            shared_tile, first, end, num_groups, shared_tiles, BLOCKS * WARPGROUP + 1, 2 * BLOCKS,
-            HAS_BIAS, HAS_RESIDUAL,
+            lower, outputs, sizes, tile, first, end, m0, n0 + 64, BLOCK + 1, 2 * BLOCKS, HAS_BIAS,
+            HAS_RESIDUAL,
         )  # fmt: skip
 
 
 @gluon.jit
 def _finish_block(
-    acc, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M, N,
-    shared_tile, first, end, num_groups, shared_tiles, BLOCK: gl.constexpr, BLOCKS: gl.constexpr,
+    acc, outputs, sizes, tile, first, end, m0, n0, BLOCK: gl.constexpr, BLOCKS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """64 outputs from n0 on, the BLOCK-th of their tile's BLOCKS."""
+    _, _, _, partial_ptr, arrivals_ptr = outputs
+    M, N, num_groups, whole_tiles = sizes
     complete = end - first == num_groups
     if is_shared(acc.shape[1], BLOCKS // 2):
         if not complete:
-            acc, complete = gather_parts(
-                acc, partial_ptr, arrivals_ptr, shared_tile, first, end, num_groups, shared_tiles,
-                BLOCK, BLOCKS,
+            tiles = gl.cdiv(M, acc.shape[1]) * gl.cdiv(N, 64 * BLOCKS)
+            acc, complete = _gather_parts(
+                acc, partial_ptr, arrivals_ptr, tile - whole_tiles, first, end, num_groups,
+                tiles - whole_tiles, BLOCK, BLOCKS,
             )  # fmt: skip
     if complete:
-        store_rows(acc, bias_ptr, residual_ptr, out_ptr, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
+        _store_rows(acc, outputs, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL)
 
 
 @gluon.jit
 def _multiply(
-    scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-    partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty,
-    M, N, num_groups, whole_tiles, WARPGROUP: gl.constexpr, OUTLIER_STEPS: gl.constexpr,
+    scales, outputs, rings, sizes, WARPGROUP: gl.constexpr, OUTLIER_STEPS: gl.constexpr,
     TWO_LEVEL: gl.constexpr, IS_E2M1: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
     STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its rows of every segment's tile."""
+    scale_ptr, row_scale_ptr, outlier_scale_ptr = scales
+    M, N, num_groups, whole_tiles = sizes
+    _, _, _, _, _, empty = rings
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32])
     BLOCK_N: gl.constexpr = 128 * BLOCKS
     ROW: gl.constexpr = 64 * BLOCKS * WARPGROUP
@@ -536,9 +523,8 @@ def _multiply(
         n0 = tile_n * BLOCK_N + ROW
         if TWO_LEVEL:
             upper, lower, step = _sum_rows(
-                codes_ring, weight_ring, group_scale_ring, full, empty, step,
-                end - first, WARPGROUP, BLOCKS, BLOCK_M, STAGES,
-            )  # fmt: skip
+                rings, step, end - first, WARPGROUP, BLOCKS, BLOCK_M, STAGES
+            )
             n = n0 + gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
             m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, mma))
             scale = gl.load(scale_ptr + m, mask=m < M, other=0.0)[None, :]
@@ -551,34 +537,28 @@ def _multiply(
             UNPACKED: gl.constexpr = 0.5 if IS_E2M1 else 0.0625  # as unpacking multiplied
             if BLOCKS == 2:
                 acc, lower_acc, step = _sum_groups_of_blocks(
-                    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
-                    end - first, ROW, IS_E2M1, BLOCK_M, STAGES,
-                )  # fmt: skip
+                    rings, step, end - first, ROW, IS_E2M1, BLOCK_M, STAGES
+                )
                 lower_acc *= UNPACKED
             else:
-                acc, step = _sum_groups(
-                    codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty, step,
-                    end - first, ROW, IS_E2M1, BLOCK_M, STAGES,
-                )  # fmt: skip
+                acc, step = _sum_groups(rings, step, end - first, ROW, IS_E2M1, BLOCK_M, STAGES)
             acc *= UNPACKED
         if OUTLIER_STEPS > 0:
             if end == num_groups:
                 acc = _with_outliers(
-                    acc, codes_ring, weight_ring, scale_ring, full, step, outlier_scale_ptr, n0, N,
-                    ROW, OUTLIER_STEPS, STAGES,
-                )  # fmt: skip
+                    acc, rings, step, outlier_scale_ptr, n0, N, ROW, OUTLIER_STEPS, STAGES
+                )
                 if BLOCKS == 2:
                     lower_acc = _with_outliers(
-                        lower_acc, codes_ring, weight_ring, scale_ring, full, step,
-                        outlier_scale_ptr, n0 + 64, N, ROW + 64, OUTLIER_STEPS, STAGES,
+                        lower_acc, rings, step, outlier_scale_ptr, n0 + 64, N, ROW + 64,
+                        OUTLIER_STEPS, STAGES,
                     )  # fmt: skip
                 for part in gl.static_range(OUTLIER_STEPS):
                     mbarrier.arrive(empty.index((step + part) % STAGES), count=1)
                 step += OUTLIER_STEPS
         finish(
-            acc, lower_acc if BLOCKS == 2 else acc, bias_ptr, residual_ptr, out_ptr, partial_ptr,
-            arrivals_ptr, m0, n0, M, N, tile - whole_tiles, first, end, num_groups,
-            tiles - whole_tiles, WARPGROUP, BLOCKS, HAS_BIAS, HAS_RESIDUAL,
+            acc, lower_acc if BLOCKS == 2 else acc, outputs, sizes, tile, first, end, m0, n0,
+            WARPGROUP, BLOCKS, HAS_BIAS, HAS_RESIDUAL,
         )  # fmt: skip
 
 
@@ -629,25 +609,24 @@ def linear_hopper_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=33)  # the TMA's bytes, and 32 threads' cp.async
         mbarrier.init(empty.index(stage), count=2)
+    inputs = codes_desc, weight_desc, outlier_desc, scale_ptr, group_scale_ptr
+    scales = scale_ptr, row_scale_ptr, outlier_scale_ptr
+    outputs = bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr
+    rings = codes_ring, weight_ring, scale_ring, group_scale_ring, full, empty
+    sizes = M, N, num_groups, whole_tiles
     gl.warp_specialize(
         [
             (_multiply, (
-                scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-                partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring,
-                full, empty, M, N, num_groups, whole_tiles, gl.constexpr(0), OUTLIER_STEPS,
-                TWO_LEVEL, IS_E2M1, BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                scales, outputs, rings, sizes, gl.constexpr(0), OUTLIER_STEPS, TWO_LEVEL, IS_E2M1,
+                BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_multiply, (
-                scale_ptr, row_scale_ptr, outlier_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-                partial_ptr, arrivals_ptr, codes_ring, weight_ring, scale_ring, group_scale_ring,
-                full, empty, M, N, num_groups, whole_tiles, gl.constexpr(1), OUTLIER_STEPS,
-                TWO_LEVEL, IS_E2M1, BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                scales, outputs, rings, sizes, gl.constexpr(1), OUTLIER_STEPS, TWO_LEVEL, IS_E2M1,
+                BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_load, (
-                codes_desc, weight_desc, outlier_desc, scale_ptr, group_scale_ptr, codes_ring,
-                weight_ring, scale_ring, group_scale_ring, full, empty, M, N, weight_rows,
-                num_groups, whole_tiles, outliers_at, OUTLIER_STEPS, TWO_LEVEL, BLOCK_M, BLOCK_N,
-                STAGES,
+                inputs, rings, sizes, weight_rows, outliers_at, OUTLIER_STEPS, TWO_LEVEL, BLOCK_M,
+                BLOCK_N, STAGES,
             )),
         ],
         [4, 1],

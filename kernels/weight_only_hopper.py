@@ -60,11 +60,12 @@ _PART_OF_GAP = gl.constexpr(2.0**100)
 
 @gluon.jit
 def _load_weight(
-    weight_desc, high_bits_desc, weight_scale_ptr, zero_point_ptr, weight_ring, high_bits_ring,
-    scale_ring, zero_point_ring, full, stage, group, n0, N, weight_rows, X_BYTES: gl.constexpr,
+    inputs, rings, stage, group, n0, N, weight_rows, X_BYTES: gl.constexpr,
     HAS_HIGH_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr,
 ):  # fmt: skip
     """Begins a stage, which X_BYTES of activations are to follow."""
+    _, weight_desc, high_bits_desc, weight_scale_ptr, zero_point_ptr = inputs
+    _, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, _ = rings
     BLOCK_N: gl.constexpr = weight_ring.shape[1]
     HIGH_BYTES: gl.constexpr = high_bits_ring.shape[2] if HAS_HIGH_BITS else 0
     ready = full.index(stage)
@@ -94,30 +95,13 @@ def _load_weight(
 
 @gluon.jit
 def _load(
-    x_desc,
-    weight_desc,
-    high_bits_desc,
-    weight_scale_ptr,
-    zero_point_ptr,
-    x_ring,
-    weight_ring,
-    high_bits_ring,
-    scale_ring,
-    zero_point_ring,
-    full,
-    empty,
-    M,
-    N,
-    weight_rows,
-    num_groups,
-    whole_tiles,
-    HAS_HIGH_BITS: gl.constexpr,
-    HAS_ZERO_POINT: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+    inputs, rings, sizes, weight_rows, HAS_HIGH_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     """One warp: fills the ring with each segment's groups."""
+    x_desc, _, _, _, _ = inputs
+    x_ring, _, _, _, _, full, empty = rings
+    M, N, num_groups, whole_tiles = sizes
     GROUP: gl.constexpr = x_ring.shape[2]
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
@@ -127,9 +111,8 @@ def _load(
     early = gl.minimum(end - first, STAGES)
     for stage in range(early):  # before the kernel ahead has ended: overlap.py
         _load_weight(
-            weight_desc, high_bits_desc, weight_scale_ptr, zero_point_ptr, weight_ring,
-            high_bits_ring, scale_ring, zero_point_ring, full, stage, first + stage,
-            tile_n * BLOCK_N, N, weight_rows, 2 * BLOCK_M * GROUP, HAS_HIGH_BITS, HAS_ZERO_POINT,
+            inputs, rings, stage, first + stage, tile_n * BLOCK_N, N, weight_rows,
+            2 * BLOCK_M * GROUP, HAS_HIGH_BITS, HAS_ZERO_POINT,
         )  # fmt: skip
     gdc_wait()
     for number in range(segments):
@@ -141,10 +124,8 @@ def _load(
             if step >= early:
                 mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
                 _load_weight(
-                    weight_desc, high_bits_desc, weight_scale_ptr, zero_point_ptr, weight_ring,
-                    high_bits_ring, scale_ring, zero_point_ring, full, stage, group,
-                    tile_n * BLOCK_N, N, weight_rows, 2 * BLOCK_M * GROUP, HAS_HIGH_BITS,
-                    HAS_ZERO_POINT,
+                    inputs, rings, stage, group, tile_n * BLOCK_N, N, weight_rows,
+                    2 * BLOCK_M * GROUP, HAS_HIGH_BITS, HAS_ZERO_POINT,
                 )  # fmt: skip
             # past the last channel zeros
             at = [tile_m * BLOCK_M, group * GROUP]
@@ -177,11 +158,12 @@ def _and_shifted(tile, BY: gl.constexpr):
 
 @gluon.jit
 def _operand(
-    weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW: gl.constexpr,
-    layout: gl.constexpr, DTYPE: gl.constexpr, EXPONENT_BITS: gl.constexpr,
-    MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr, SCALED_WEIGHT: gl.constexpr,
+    rings, stage, ROW: gl.constexpr, layout: gl.constexpr, DTYPE: gl.constexpr,
+    EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr,
+    SCALED_WEIGHT: gl.constexpr,
 ):  # fmt: skip
     """Rows ROW to ROW + 64 of a stage's weight, (64, group) as the tensor cores take them."""
+    _, weight_ring, high_bits_ring, scale_ring, zero_point_ring, _, _ = rings
     PARTS: gl.constexpr = num_parts(EXPONENT_BITS, MANTISSA_BITS)
     packed = weight_ring.index(stage).slice(ROW, 64, dim=0).load(layout)
     if SCALED_WEIGHT:
@@ -237,8 +219,7 @@ def _rescaled(acc, sums, scale_ring, stage, ROW: gl.constexpr):
 
 @gluon.jit
 def _sum_groups(
-    x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step, groups,
-    WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
+    rings, step, groups, WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
     EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -246,6 +227,7 @@ def _sum_groups(
 
     (64, BLOCK_M) float32 each.
     """
+    x_ring, _, _, scale_ring, _, full, empty = rings
     DTYPE: gl.constexpr = x_ring.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -258,14 +240,13 @@ def _sum_groups(
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         x = x_ring.index(stage).permute((1, 0))
         weight = _operand(
-            weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW, layout, DTYPE,
-            EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, False,
-        )  # fmt: skip
+            rings, stage, ROW, layout, DTYPE, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, False
+        )
         upper_sums = warpgroup_mma(weight, x, nothing, use_acc=False, is_async=True)
         if BLOCKS == 2:
             weight = _operand(
-                weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW + 64, layout,
-                DTYPE, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, False,
+                rings, stage, ROW + 64, layout, DTYPE, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
+                False,
             )  # fmt: skip
             lower_sums = warpgroup_mma(weight, x, nothing, use_acc=False, is_async=True)
             sums = warpgroup_mma_wait(1, deps=[upper_sums])
@@ -282,11 +263,12 @@ def _sum_groups(
 
 @gluon.jit
 def _sum_scaled(
-    x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step, groups,
-    WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr, EXPONENT_BITS: gl.constexpr,
-    MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr, STAGES: gl.constexpr,
+    rings, step, groups, WARPGROUP: gl.constexpr, BLOCK_M: gl.constexpr,
+    EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The sums over a segment's groups of two blocks of rows, (64, BLOCK_M) float32 each."""
+    x_ring, _, _, _, _, full, empty = rings
     DTYPE: gl.constexpr = x_ring.dtype
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -298,13 +280,12 @@ def _sum_scaled(
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         x = x_ring.index(stage).permute((1, 0))
         weight = _operand(
-            weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW, layout, DTYPE,
-            EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, True,
-        )  # fmt: skip
+            rings, stage, ROW, layout, DTYPE, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, True
+        )
         upper_sums = warpgroup_mma(weight, x, upper, is_async=True)
         weight = _operand(
-            weight_ring, high_bits_ring, scale_ring, zero_point_ring, stage, ROW + 64, layout,
-            DTYPE, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT, True,
+            rings, stage, ROW + 64, layout, DTYPE, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
+            True,
         )  # fmt: skip
         lower_sums = warpgroup_mma(weight, x, lower, is_async=True)
         upper, lower = warpgroup_mma_wait(0, deps=[upper_sums, lower_sums])
@@ -321,17 +302,18 @@ def scales_weight(block_m, blocks):
 
 @gluon.jit
 def _multiply(
-    bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, x_ring, weight_ring,
-    high_bits_ring, scale_ring, zero_point_ring, full, empty, M, N, num_groups, whole_tiles,
-    WARPGROUP: gl.constexpr, EXPONENT_BITS: gl.constexpr, MANTISSA_BITS: gl.constexpr,
-    HAS_ZERO_POINT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCKS: gl.constexpr,
-    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
+    outputs, rings, sizes, WARPGROUP: gl.constexpr, EXPONENT_BITS: gl.constexpr,
+    MANTISSA_BITS: gl.constexpr, HAS_ZERO_POINT: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its rows of every segment's tile."""
+    _, _, out_ptr, _, _ = outputs
+    M, N, num_groups, whole_tiles = sizes
     BLOCK_N: gl.constexpr = 128 * BLOCKS
+    DTYPE: gl.constexpr = out_ptr.dtype.element_ty
     # float16 of a floating-point format is 2^-gap of its value
-    UNPLACED: gl.constexpr = power_left(EXPONENT_BITS, x_ring.dtype)
-    REST_OF_GAP: gl.constexpr = power_of_gap(EXPONENT_BITS, x_ring.dtype) / _PART_OF_GAP
+    UNPLACED: gl.constexpr = power_left(EXPONENT_BITS, DTYPE)
+    REST_OF_GAP: gl.constexpr = power_of_gap(EXPONENT_BITS, DTYPE) / _PART_OF_GAP
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
     gdc_wait()
@@ -343,26 +325,23 @@ def _multiply(
         n0 = tile_n * BLOCK_N + 64 * BLOCKS * WARPGROUP
         if scales_weight(BLOCK_M, BLOCKS):
             acc, lower, step = _sum_scaled(
-                x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step,
-                end - first, WARPGROUP, BLOCK_M, EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
-                STAGES,
+                rings, step, end - first, WARPGROUP, BLOCK_M, EXPONENT_BITS, MANTISSA_BITS,
+                HAS_ZERO_POINT, STAGES,
             )  # fmt: skip
             if EXPONENT_BITS > 0:
                 acc *= REST_OF_GAP
                 lower *= REST_OF_GAP
         else:
             acc, lower, step = _sum_groups(
-                x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, step,
-                end - first, WARPGROUP, BLOCK_M, BLOCKS, EXPONENT_BITS, MANTISSA_BITS,
+                rings, step, end - first, WARPGROUP, BLOCK_M, BLOCKS, EXPONENT_BITS, MANTISSA_BITS,
                 HAS_ZERO_POINT, STAGES,
             )  # fmt: skip
             acc *= UNPLACED
             if BLOCKS == 2:
                 lower *= UNPLACED
         finish(
-            acc, lower, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, m0, n0, M,
-            N, tile - whole_tiles, first, end, num_groups, tiles - whole_tiles, WARPGROUP, BLOCKS,
-            HAS_BIAS, HAS_RESIDUAL,
+            acc, lower, outputs, sizes, tile, first, end, m0, n0, WARPGROUP, BLOCKS, HAS_BIAS,
+            HAS_RESIDUAL,
         )  # fmt: skip
 
 
@@ -422,25 +401,23 @@ def weight_only_hopper_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=33)  # the TMA's bytes, and 32 threads' cp.async
         mbarrier.init(empty.index(stage), count=2)
+    inputs = x_desc, weight_desc, high_bits_desc, weight_scale_ptr, zero_point_ptr
+    outputs = bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr
+    rings = x_ring, weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty
+    sizes = M, N, num_groups, whole_tiles
     gl.warp_specialize(
         [
             (_multiply, (
-                bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, x_ring, weight_ring,
-                high_bits_ring, scale_ring, zero_point_ring, full, empty, M, N, num_groups,
-                whole_tiles, gl.constexpr(0), EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
-                BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                outputs, rings, sizes, gl.constexpr(0), EXPONENT_BITS, MANTISSA_BITS,
+                HAS_ZERO_POINT, BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_multiply, (
-                bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr, x_ring, weight_ring,
-                high_bits_ring, scale_ring, zero_point_ring, full, empty, M, N, num_groups,
-                whole_tiles, gl.constexpr(1), EXPONENT_BITS, MANTISSA_BITS, HAS_ZERO_POINT,
-                BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
+                outputs, rings, sizes, gl.constexpr(1), EXPONENT_BITS, MANTISSA_BITS,
+                HAS_ZERO_POINT, BLOCK_M, BLOCKS, STAGES, HAS_BIAS, HAS_RESIDUAL,
             )),
             (_load, (
-                x_desc, weight_desc, high_bits_desc, weight_scale_ptr, zero_point_ptr, x_ring,
-                weight_ring, high_bits_ring, scale_ring, zero_point_ring, full, empty, M, N,
-                weight_rows, num_groups, whole_tiles, HAS_HIGH_BITS, HAS_ZERO_POINT, BLOCK_M,
-                BLOCK_N, STAGES,
+                inputs, rings, sizes, weight_rows, HAS_HIGH_BITS, HAS_ZERO_POINT, BLOCK_M, BLOCK_N,
+                STAGES,
             )),
         ],
         [4, 1],
