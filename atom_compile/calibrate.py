@@ -70,6 +70,9 @@ def calibrate(
     Nothing is drawn at random: the same batches give the same recipe. Sources: Atom (arXiv
     2310.19102), section 4; GPTQ (arXiv 2210.17323); COMET (arXiv 2410.12168), section 4.
 
+    Experts of transformers' mixtures are linears of their own, calibrated on the tokens that come
+    to each; with a warning, those that no token reached are left out.
+
     Raises AtomError if the batches are empty, no linear was reached, or an activation is not
     finite; TrainingModeError for a model in training mode.
     """

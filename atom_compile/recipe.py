@@ -86,6 +86,8 @@ def checksum(weight: Tensor) -> Tensor:
 class Recipe:
     """What calibration found about each linear, and the scheme that it was found for.
 
+    An expert's weight has the name that it has once the model is packed (expert_names.py).
+
     scheme: the default of a compilation with this recipe.
     hessian_diagonal: weight's parameter name -> (K,) float32, each input channel's mean square.
     shapes: weight's parameter name -> the weight's shape.
