@@ -145,6 +145,7 @@ FORMATS = {"e3m2": E3M2, "e2m3": E2M3, "e2m2": E2M2, "e2m1": E2M1}
 """The floating-point formats of weights, by name; "int" is the name of integers."""
 
 
+@dataclass(frozen=True)
 class Float8:
     """torch.float8_e4m3fn with the same methods; rounding saturates, as torch's cast need not."""
 
