@@ -147,7 +147,7 @@ def plan_with_experts(
 ) -> tuple[Plan, list[Split]]:
     """`make_plan`, and the modules of experts that it packs something of, which are split then."""
     splits = split_experts(model)
-    linears = [name for one in splits for stack in one.stacks.values() for name in stack]
+    linears = {name for one in splits for stack in one.stacks.values() for name in stack}
     try:
         plan = make_plan(model, options, example_inputs, linears)
     except BaseException:
