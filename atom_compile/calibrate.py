@@ -260,8 +260,12 @@ class _Statistics:
                 "calibration reached no linear with a weight of the model's own: "
                 "nothing to quantize"
             )
-        unread = {name for names in self._of_experts.values() for name in names}
-        unread = {name for name in unread if self._tokens.get(name) == 0}
+        unread = {
+            name
+            for names in self._of_experts.values()
+            for name in names
+            if self._tokens.get(name) == 0
+        }
         if unread:
             warnings.warn(
                 f"no token of the batches reached {len(unread)} linears of experts, such as "
