@@ -277,21 +277,22 @@ def test_an_interrupted_benchmark_keeps_what_it_measured(monkeypatch: pytest.Mon
 
     def interrupted(*arguments: Any, **named: Any) -> Row:
         nonlocal done
-        if done == 5:
+        if done == 10:
             raise KeyboardInterrupt
         done += 1
         return run_case(*arguments, **named)
 
     monkeypatch.setattr(bench, "_run_case", interrupted)
-    given: dict[str, Any] = {"tokens": [1], "level": "operators", "device": "cpu", "quick": True}
+    given: dict[str, Any] = {"tokens": [1, 2], "only": ["linears"], "device": "cpu", "quick": True}
     printed = io.StringIO()
     console = Console(file=printed, width=100)
     result = bench.run(TINY, **given, console=console)
-    assert [row.variant for row in result.rows] == ["baseline", "unfused", "fused"]
+    assert [row.variant for row in result.rows] == 3 * ["baseline", "unfused", "fused"]
+    assert [row.M for row in result.rows[::3]] == [1, 2, 1]  # of one linear and of the next
     assert result.environment["interrupted"] is True
     assert json.loads(result.to_json())["rows"]
     assert "interrupted" in printed.getvalue()
     result.print(console)
-    done = 3
+    done = 8
     with pytest.raises(KeyboardInterrupt):  # there is nothing whole to keep
         bench.run(TINY, **given)

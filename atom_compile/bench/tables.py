@@ -134,8 +134,9 @@ def _mean_table(result: Result) -> Table:
         caption="a peer that has no time for one of them has no mean",
     )
     for M in result.counts(linears[0]):
-        rows = [result.variants(op, M)["fused"] for op in linears]
-        least = min((result.speedup(row) or math.nan for row in rows), default=math.nan)
+        # the last linear of an interrupted run lacks some
+        rows = [result.variants(op, M).get("fused") for op in linears]
+        least = min((result.speedup(row) or math.nan for row in rows if row), default=math.nan)
         means: Sequence[float | None] = [
             result.mean_speedup("fused", M, linears),
             result.mean_speedup("fused", M, largest),
