@@ -28,9 +28,8 @@ def unpacking(dtype, pack):
     else:
         kind, one, code_zero = "f16x2", "0x3C003C00", "0x64086408"
     packed, summand = 2 * words, 2 * words + 1
-    operand = f"${packed}" if words == 2 else f"{{${packed}, none}}"
-    lines = [".reg .b32 bytes, pair, one;", ".reg .b16 none;", "mov.b16 none, 0;"]
-    lines += [f"mov.b32 bytes, {operand};", f"mov.b32 one, {one};"]
+    lines = [".reg .b32 bytes, pair, one;"]
+    lines += [f"{_taking(words)} bytes, ${packed};", f"mov.b32 one, {one};"]
     for word, to_halves in enumerate(("0x4140", "0x4342")[:words]):
         lines.append(f"prmt.b32 pair, bytes, 0, {to_halves};")
         for result in (word, words + word):
@@ -57,12 +56,9 @@ def placing(dtype, pack, exponent_bits, mantissa_bits, part, scaled):
     words = pack // 2  # of a result
     is_bfloat16 = dtype == tl.bfloat16
     width, magnitude_at = exponent_bits + mantissa_bits, (7 if is_bfloat16 else 10) - mantissa_bits
-    operands = [f"${2 * words}", f"${2 * words + 1}"]
-    if words == 1:
-        operands = [f"{{{operand}, none}}" for operand in operands]
-    lines = [".reg .b32 bytes, more, pair, field, unit, zero;", ".reg .b16 none;"]
-    lines += ["mov.b16 none, 0;"]
-    lines += [f"mov.b32 bytes, {operands[0]};", f"mov.b32 more, {operands[1]};"]
+    lines = [".reg .b32 bytes, more, pair, field, unit, zero;"]
+    take = _taking(words)
+    lines += [f"{take} bytes, ${2 * words};", f"{take} more, ${2 * words + 1};"]
     if is_bfloat16:
         unit = 127 + 127 - ((1 << (exponent_bits - 1)) - 1) << 7  # 2^gap
         lines += [f"mov.b32 unit, {unit << 16 | unit:#x};", "mov.b32 zero, 0x80008000;"]  # -0
@@ -77,6 +73,13 @@ def placing(dtype, pack, exponent_bits, mantissa_bits, part, scaled):
         elif scaled:
             lines.append(f"mul.f16x2 ${result}, ${result}, {factor};")
     return "{" + " ".join(lines) + "}"
+
+
+@triton.constexpr_function
+def _taking(words):
+    """What takes an operand of two bytes for each word: two alone are loaded with zeros above, so
+    that to widen them is no instruction, where to join two halves is one."""
+    return "mov.b32" if words == 2 else "cvt.u32.u16"
 
 
 @triton.constexpr_function
@@ -135,6 +138,8 @@ def placing_in_e4m3(exponent_bits, mantissa_bits, part):
     """
     width = exponent_bits + mantissa_bits
     extra = width - 3  # bits of a code in high_bits
+    if (exponent_bits, mantissa_bits) == (2, 3):
+        return _multiplied_apart(part)
     lines = [".reg .b32 field;"]
     for upper in (0, 1):
         magnitude_at = 3 - mantissa_bits
@@ -151,6 +156,32 @@ def placing_in_e4m3(exponent_bits, mantissa_bits, part):
             lines.append(f"{shift} field, {operand}, {by};")
             mask = (((1 << bits) - 1) << to) * 0x01010101
             lines.append(f"lop3.b32 ${upper}, field, {mask:#x}, ${upper}, 0xEA;")  # (a & b) | c
+    return "{" + " ".join(lines) + "}"
+
+
+@triton.constexpr_function
+def _multiplied_apart(part):
+    """`placing_in_e4m3` of E2M3: the sign goes 2 bits further than the exponent bit beside it.
+
+    A multiplication does both shifts at once, on the pipe that has less to do: of the bits that it
+    makes of two, the first and the last are these, and no two fall on one.
+    """
+    lines = [".reg .b32 field, nibbles;"]
+    for upper in (0, 1):
+        at = 4 * upper + 2 * part  # where the exponent bit is, to go to 4
+        beyond = max(at - 4, 0)
+        source = "$3"
+        if beyond:
+            lines.append(f"shr.u32 field, $3, {beyond};")
+            source, at = "field", 4
+        lines.append(f"and.b32 field, {source}, {(3 << at) * 0x01010101:#x};")
+        lines.append(f"mul.lo.u32 field, field, {0b101 << 4 - at};")
+        lines.append("and.b32 field, field, 0x90909090;")
+        source = "$2"
+        if upper:
+            lines.append("shr.u32 nibbles, $2, 4;")
+            source = "nibbles"
+        lines.append(f"lop3.b32 ${upper}, {source}, 0x0F0F0F0F, field, 0xEA;")  # (a & b) | c
     return "{" + " ".join(lines) + "}"
 
 

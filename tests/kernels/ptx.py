@@ -32,6 +32,10 @@ def _run(name: str, operands: list[Tensor]) -> Tensor:
     a, *more = operands
     if name in ("mov.b32", "mov.b16"):
         return a
+    if name == "cvt.u32.u16":
+        return a & LOWER_HALF
+    if name == "mul.lo.u32":
+        return a * more[0] & WORD
     if name == "shl.b32":
         return a << more[0] & WORD
     if name == "shr.u32":
