@@ -243,7 +243,8 @@ class _Float8Linear(_Linear):
     def candidates(self, size: Size) -> Sequence[Candidate]:
         M, N, K = size
         num_groups = self.setting.scheme.layout(K).num_groups
-        return float8_linear.candidates(M, N, K, num_groups, self.setting.device)
+        setting = self.setting
+        return float8_linear.candidates(M, N, K, num_groups, setting.dtype, setting.device)
 
     def path_of(self, tiling: Any, size: Size) -> str:
         setting = self.setting

@@ -2,8 +2,13 @@
 
 One warp loads a stage, a group of channels, by TMA alone: codes, and both planes of the weight. Two
 warpgroups put their 64 rows into e4m3 in the registers that wgmma reads. wgmma keeps some 14 bits
-of a sum, so those of every 512 channels are added up by themselves and then to the float32 ones.
-All scaling is at a tile's end.
+of a sum, so those of every 512 channels are added up by themselves and then to the float32 ones;
+but in tiles of 256 tokens, which leave no registers for that, all are, as by cuBLAS: what bfloat16
+outputs are rounded by is more. All scaling is at a tile's end.
+
+Shared memory moves 128 bytes a cycle, and bounds tiles of 128 tokens: at the tensor cores' rate
+wgmma would read 64 of activations, and to load a stage and read its weight would take 80. For 256
+tokens it is 64 and 55.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime.jit import constexpr_function
 
 from . import linear_hopper
 from .arrivals import Product
@@ -121,6 +127,12 @@ def _operand(
 _AT_ONCE = gl.constexpr(4)  # groups whose sum the tensor cores keep
 
 
+@constexpr_function
+def _sums_all(block_m):
+    """Whether tensor cores add up all channels of tiles of so many tokens."""
+    return block_m > 128
+
+
 @gluon.jit
 def _sum_groups(
     rings, step, groups, ROW: gl.constexpr, EXPONENT_BITS: gl.constexpr,
@@ -132,6 +144,7 @@ def _sum_groups(
     layout: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     acc = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
     nothing = gl.zeros([64, BLOCK_M], gl.float32, layout=mma)
+    SUMS_ALL: gl.constexpr = _sums_all(BLOCK_M)
     for _ in range(groups % _AT_ONCE):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
@@ -139,12 +152,15 @@ def _sum_groups(
             weight_ring, high_bits_ring, stage, ROW, EXPONENT_BITS, MANTISSA_BITS, layout
         )
         codes = codes_ring.index(stage).permute((1, 0))
-        sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
-        acc += warpgroup_mma_wait(0, deps=[sums])
+        if SUMS_ALL:
+            acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(weight, codes, acc, is_async=True)])
+        else:
+            sums = warpgroup_mma(weight, codes, nothing, use_acc=False, is_async=True)
+            acc += warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(empty.index(stage), count=1)
         step += 1
     for _ in range(groups // _AT_ONCE):
-        sums = nothing
+        sums = acc if SUMS_ALL else nothing
         for part in gl.static_range(_AT_ONCE):
             stage = (step + part) % STAGES
             mbarrier.wait(full.index(stage), ((step + part) // STAGES) & 1)
@@ -152,11 +168,12 @@ def _sum_groups(
                 weight_ring, high_bits_ring, stage, ROW, EXPONENT_BITS, MANTISSA_BITS, layout
             )
             codes = codes_ring.index(stage).permute((1, 0))
-            sums = warpgroup_mma(weight, codes, sums, use_acc=part > 0, is_async=True)
+            sums = warpgroup_mma(weight, codes, sums, use_acc=SUMS_ALL or part > 0, is_async=True)
             if part > 0:  # the product before has been read
                 sums = warpgroup_mma_wait(1, deps=[sums])
                 mbarrier.arrive(empty.index((step + part - 1) % STAGES), count=1)
-        acc += warpgroup_mma_wait(0, deps=[sums])
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        acc = sums if SUMS_ALL else acc + sums
         step += _AT_ONCE
         mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
     return acc, step
@@ -264,9 +281,9 @@ def float8_hopper_kernel(
 
 PATH = "hopper e4m3"
 _BLOCK_N = 128
-_STAGES = {16: 8, 32: 8, 64: 8, 128: 6}  # by BLOCK_M, as many as shared memory holds
+_STAGES = {16: 8, 32: 8, 64: 8, 128: 6, 256: 5}  # by BLOCK_M, as many as shared memory holds
 # microseconds that a tile's step of one group takes, measured on an H200; few tokens' as `linear`'s
-STEP_US = per_tiling({(16, 1): 0.25, (32, 1): 0.29, (64, 1): 0.38, (128, 1): 0.52})
+STEP_US = per_tiling({(16, 1): 0.25, (32, 1): 0.29, (64, 1): 0.38, (128, 1): 0.52, (256, 1): 0.82})
 
 
 def fits(device: torch.device, N: int, K: int) -> bool:
@@ -274,8 +291,16 @@ def fits(device: torch.device, N: int, K: int) -> bool:
     return is_hopper(device) and N % 16 == 0 and K % 16 == 0
 
 
-def best_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> HopperTiling:
-    return linear_hopper.best_tiling(M, N, num_groups, STEP_US, multiprocessors)[0]
+def tilings(dtype: torch.dtype) -> list[HopperTiling]:
+    """Those for outputs of this dtype."""
+    return [one for one in STEP_US if dtype == torch.bfloat16 or not _sums_all(one.block_m)]
+
+
+def best_tiling(
+    M: int, N: int, num_groups: int, dtype: torch.dtype, multiprocessors: int
+) -> HopperTiling:
+    step_us = {tiling: STEP_US[tiling] for tiling in tilings(dtype)}
+    return linear_hopper.best_tiling(M, N, num_groups, step_us, multiprocessors)[0]
 
 
 @plan

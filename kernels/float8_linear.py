@@ -6,12 +6,13 @@
 Every value of E3M2 and E2M3 is one of e4m3, a power of two apart that goes into the scale
 (formats.py): tensor cores multiply the codes as they are, and all scaling is at the end. Sums are
 of float32; but tensor cores that multiply e4m3 keep some 14 bits of a sum, so our kernels let them
-add up no more than 512 channels.
+add up no more than 512 channels, unless there are many tokens and outputs are bfloat16, which
+rounds away more.
 
 For few tokens it is `weight_only_linear`'s kernel, with e4m3 in place of 16 bits where the GPU
 multiplies it, and float16, as exact, where it does not. For more there is one of its own on Hopper
 (float8_hopper.py). For very many, and elsewhere, the whole weight is put into e4m3 first, and
-cuBLAS multiplies.
+cuBLAS multiplies, with which tensor cores add up all channels.
 
 Sources: FP6-LLM (arXiv 2401.14112) for the weights; Micikevicius et al., "FP8 Formats for Deep
 Learning" (arXiv 2209.05433), for e4m3; DeepSeek-V3 (arXiv 2412.19437), section 3.3.2, for the sums.
@@ -88,7 +89,7 @@ SCALED = "e4m3 weight, cuBLAS"
 DEQUANTIZE = weight_only_linear.DEQUANTIZE
 _FEW_TOKENS = 32  # for more there is Hopper's own kernel
 _MOST_TOKENS = 256  # for more the weight is unpacked first, where there is none: an estimate
-_MANY_TOKENS = 2048  # so many that unpacking first, at cuBLAS's rate, is faster than any other way
+_MANY_TOKENS = 8192  # so many that unpacking first, at cuBLAS's rate, is faster than any other way
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,7 +103,7 @@ def choose_tiling(
     if tuned and tuned.path in (SCALED, DEQUANTIZE):
         return Dense()
     if tuned:
-        hopper = _hopper_tilings(N, K, device)
+        hopper = _hopper_tilings(N, K, dtype, device)
         if tiling := tuned_tiling(tuned, _own_path(device), HOPPER, hopper):
             return tiling
     return fastest_tiling(M, N, K, num_groups, dtype, device)
@@ -115,7 +116,7 @@ def fastest_tiling(
     if M >= _MANY_TOKENS and _can_scale(N, K, dtype, device):
         return Dense()
     if M > _FEW_TOKENS and float8_hopper.fits(device, N, K):
-        return float8_hopper.best_tiling(M, N, num_groups, multiprocessors(device))
+        return float8_hopper.best_tiling(M, N, num_groups, dtype, multiprocessors(device))
     if M > _MOST_TOKENS:
         return Dense()
     if not multiplies_e4m3(device):
@@ -128,11 +129,11 @@ def fastest_tiling(
 
 
 def candidates(
-    M: int, N: int, K: int, num_groups: int, device: torch.device
+    M: int, N: int, K: int, num_groups: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tiling | HopperTiling | Dense]:
     """What tuning measures, the likeliest first."""
     found: list[Tiling | HopperTiling | Dense] = [
-        one for one in _hopper_tilings(N, K, device) if one.block_m <= 4 * M
+        one for one in _hopper_tilings(N, K, dtype, device) if one.block_m <= 4 * M
     ]
     if M > _FEW_TOKENS:
         found.append(Dense())
@@ -140,8 +141,8 @@ def candidates(
     return found + [one for one in own if one.num_warps >= 4]
 
 
-def _hopper_tilings(N: int, K: int, device: torch.device) -> list[HopperTiling]:
-    return list(float8_hopper.STEP_US) if float8_hopper.fits(device, N, K) else []
+def _hopper_tilings(N: int, K: int, dtype: torch.dtype, device: torch.device) -> list[HopperTiling]:
+    return float8_hopper.tilings(dtype) if float8_hopper.fits(device, N, K) else []
 
 
 def _own_path(device: torch.device) -> str:

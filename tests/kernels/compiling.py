@@ -270,7 +270,7 @@ def compile_few_tokens(symmetric: bool) -> None:
 def compile_float8(format: str, K: int) -> None:
     N, layout = 4096, packing.GroupLayout(K, float8_linear.GROUP_SIZE, 0, per_token=True)
     packed = packing.pack_rows(torch.randn(N, K), layout, format)
-    for M in (1, 16, 64, 200, 300):
+    for M in (1, 16, 64, 200, 300, 1000):
         residual = torch.zeros(M, N, dtype=torch.bfloat16)
         codes, scale = quantize_e4m3.reference(torch.zeros(M, K))
         extras = residual[0], residual, torch.bfloat16

@@ -381,6 +381,12 @@ def test_hoppers_own_kernel(
     assert_alike(got, reference(args, format).cpu())
 
 
+def test_tensor_cores_add_up_all_channels_for_bfloat16_alone() -> None:
+    sizes = 4096, 28672, 32
+    assert float8_hopper.best_tiling(*sizes, torch.bfloat16, 132) == HopperTiling(256, 1)
+    assert float8_hopper.best_tiling(*sizes, torch.float16, 132) == HopperTiling(128, 1)
+
+
 @pytest.mark.gpu
 def test_hoppers_own_kernel_on_rows_of_a_larger_weight(hopper: torch.device) -> None:
     args = arguments((100,), 1024, 2048, torch.bfloat16, device=hopper)

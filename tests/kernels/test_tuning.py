@@ -173,7 +173,7 @@ def test_candidates_differ_and_fit_the_sizes(monkeypatch: pytest.MonkeyPatch) ->
         weight_only = weight_only_linear.candidates(*sizes)
         assert len(weight_only) == len(set(weight_only)) > 8
     for M in (1, 16, 300):
-        in_float8 = float8_linear.candidates(M, 4096, 4096, 32, GPU)
+        in_float8 = float8_linear.candidates(M, 4096, 4096, 32, torch.bfloat16, GPU)
         assert len(in_float8) == len(set(in_float8)) > 8
     for M in (1, 16, 300, 8192):
         found = linear.candidates(M, 4096, 31)
