@@ -372,7 +372,8 @@ def default_tiling(M: int, N: int, num_groups: int, multiprocessors: int) -> Til
 
 def candidates(M: int, N: int, num_groups: int) -> list[Tiling | HopperTiling]:
     """What tuning measures, the likeliest first: around what serves such sizes."""
-    hopper = [one for one in linear_hopper.tilings(two_level=False) if one.block_m <= 4 * M]
+    tilings = linear_hopper.tilings(two_level=False)
+    hopper = [one for one in tilings if one.block_m <= max(16, 4 * M)]
     return [*hopper, *split_candidates(M, num_groups)]
 
 
