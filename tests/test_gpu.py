@@ -21,6 +21,7 @@ from atom_compile.kernels.arrivals import arrivals_of
 
 from .capturing import reference_output, relative_error, token_batch
 from .models import HandWritten, tiny_llama, tiny_mistral
+from .test_experts import mixture
 
 pytestmark = pytest.mark.gpu
 
@@ -187,6 +188,19 @@ def test_gptq_on_the_gpu() -> None:
     assert got.rounded.keys() == wanted.rounded.keys()
     for name, choice in wanted.layers.items():
         assert got.layers[name].error == pytest.approx(choice.error, rel=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_a_mixture_is_calibrated_and_generates(family: str) -> None:
+    model, ids = mixture(family).to("cuda", torch.bfloat16), token_batch(4, 64).cuda()
+    wanted = model(ids).logits
+    recipe = atom_compile.calibrate(model, [ids], "w4a8", progress=False)
+    assert sum("experts" in name for name in recipe.rounded) == 2 * 4
+    atom_compile.quantize(model, recipe, progress=False)
+    assert relative_error(model(ids).logits, wanted) < 0.2
+    model.compile(backend="atom")
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (4, 68)
 
 
 @torch.no_grad()
