@@ -61,29 +61,35 @@ class KVCache(Cache):  # type: ignore[misc]
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         device = torch.empty(0, device=device).device  # with its index
         dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
         layer_types, extras = get_layer_types_and_kwargs(config)
         tables: dict[str, Tensor | None] = {}
         layers = []
-        for layer_type in layer_types:
+        for index, layer_type in enumerate(layer_types):
             if layer_type not in _ATTENTION_LAYERS:
+                if layer_type not in STATIC_LAYER_TYPE_MAPPING:
+                    raise OptionError(
+                        f"{config.model_type} has layers of {layer_type}, for which transformers "
+                        "has no cache of fixed size: call the model without a KVCache"
+                    )
                 others = STATIC_LAYER_TYPE_MAPPING[layer_type]
                 layers.append(others(max_cache_len=max_len, **extras))
                 continue
+            heads, key_dim, value_dim = _sizes(config, index)
             if layer_type not in tables:
                 before = self.scheme.keys_before_rope
                 tables[layer_type] = (
-                    _rope_table(config, layer_type, max_len, head_dim).to(device)
-                    if before
-                    else None
+                    _rope_table(config, layer_type, max_len, key_dim).to(device) if before else None
                 )
             window = None if layer_type == "full_attention" else extras["sliding_window"]
             layer = KVLayer(max_len, window, self.scheme, tables[layer_type])
-            layer.allocate(max_batch, heads, head_dim, head_dim, dtype, device)
+            layer.allocate(max_batch, heads, key_dim, value_dim, dtype, device)
             layers.append(layer)
         super().__init__(layers=layers)
+        if not self.quantized_layers:
+            raise OptionError(
+                f"{config.model_type} has no attention whose keys and values a KVCache could hold: "
+                "call the model without one"
+            )
 
     @property
     def quantized_layers(self) -> list[KVLayer]:
@@ -262,6 +268,22 @@ class KVLayer(StaticLayer):  # type: ignore[misc]
 
     def offload(self) -> None:
         raise CacheError("a KVCache cannot be offloaded: its place in memory is fixed")
+
+
+def _sizes(config: Any, layer: int) -> tuple[int, int, int]:
+    """The heads, and their channels of keys and of values, that models of transformers cache."""
+    if layers := getattr(config, "per_layer_config", None):
+        config = layers[layer]
+    queries = config.num_attention_heads
+    if latent := getattr(config, "kv_lora_rank", None):  # of which all heads are computed, and RoPE
+        return 1, latent, config.qk_rope_head_dim
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    if getattr(config, "new_decoder_architecture", False):
+        heads = queries  # Falcon repeats its heads before it caches them
+    elif getattr(config, "multi_query", False):
+        heads = 1
+    key_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return heads, key_dim, getattr(config, "v_head_dim", None) or key_dim
 
 
 def _rope_table(config: Any, layer_type: str, max_len: int, head_dim: int) -> Tensor:

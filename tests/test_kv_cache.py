@@ -32,7 +32,9 @@ UNQUANTIZED = {"skip": ["*"], "allow_unchanged": True, "strict": True}
 
 def build(name: str, numbers: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**NUMBERS | numbers)
+    given = NUMBERS | numbers
+    given = {key: value for key, value in given.items() if value is not ...}
+    config = getattr(transformers, name)(**given)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -65,6 +67,48 @@ def test_generate_in_16_bits_is_what_transformers_gives(model: Any) -> None:
     beams = {**GREEDY, "num_beams": 2}
     wanted = model.generate(**inputs, **beams)
     assert torch.equal(model.generate(**inputs, **beams, past_key_values=cache), wanted)
+
+
+DERIVED = {"head_dim": ...}  # by the configuration
+LATENT = {
+    **DERIVED,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": None,
+}
+
+
+@pytest.mark.parametrize("scheme", ["kv16", "kv8"])
+@pytest.mark.parametrize(
+    ("name", "numbers", "sizes"),
+    [
+        ("FalconConfig", {**DERIVED}, [(1, 64, 64)] * 2),
+        ("FalconConfig", {**DERIVED, "new_decoder_architecture": True}, [(4, 64, 64)] * 2),
+        ("GPTBigCodeConfig", {}, [(1, 64, 64)] * 2),
+        ("DeepseekV3Config", {**LATENT, "first_k_dense_replace": 2}, [(1, 64, 16)] * 2),
+        (
+            "Gemma4UnifiedTextConfig",
+            {
+                **SLIDING,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "global_head_dim": 128,
+            },
+            [(2, 64, 64), (2, 128, 128)],
+        ),
+    ],
+    ids=["one head", "repeated heads", "one head of two names", "latent", "two sizes"],
+)
+def test_heads_and_channels_are_as_the_model_caches_them(
+    name: str, numbers: dict[str, Any], sizes: list[tuple[int, int, int]], scheme: str
+) -> None:
+    model, ids = build(name, numbers), token_batch(2, 11)
+    cache = KVCache(model.config, 2, 32, scheme)
+    held = [(one.num_heads, one.k_head_dim, one.v_head_dim) for one in cache.quantized_layers]
+    assert held == sizes
+    with torch.no_grad():
+        wanted, got = model(ids).logits, model(ids, past_key_values=cache).logits
+    assert (got - wanted).norm() < (1e-5 if scheme == "kv16" else 0.03) * wanted.norm()
 
 
 @pytest.mark.parametrize("scheme", ["kv8", KVScheme(bits=8, residual=4, keys_before_rope=True)])
@@ -186,6 +230,11 @@ def test_what_it_refuses() -> None:
     ):
         with pytest.raises(OptionError, match=message):
             KVCache(model.config, 1, 12, scheme)
+    lists = transformers.LlamaConfig(**NUMBERS, layer_types=["full_attention", "window_attention"])
+    with pytest.raises(OptionError, match="llama has layers of window_attention, for which"):
+        KVCache(lists, 1, 12)
+    with pytest.raises(OptionError, match="mamba has no attention whose keys"):
+        KVCache(transformers.MambaConfig(num_hidden_layers=1), 1, 12)
     gpt2 = transformers.GPT2Config(n_embd=64, n_head=2, n_layer=1)
     with pytest.raises(OptionError, match="names no RoPE"):
         KVCache(gpt2, 1, 12, KVScheme(keys_before_rope=True))
