@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import warnings
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -126,15 +128,16 @@ def pack_group(linears: Linears, options: Options) -> dict[str, QuantizedLinear]
 @functools.lru_cache(maxsize=64)
 def packed_on_meta(shape: tuple[int, int], scheme: Scheme) -> QuantizedLinear:
     """What a linear of that shape (N, K) becomes, without values and without its bias."""
-    row = _row_on_meta(shape[1], scheme)
-    rows = empty_rows(row.packed, shape[0])
-    return QuantizedLinear(rows, row.order, None, row.input_format, row.named)
+    two = _two_rows_on_meta(shape[1], scheme)
+    rows = empty_rows(two.packed, shape[0])
+    return QuantizedLinear(rows, two.order, None, two.input_format, two.named)
 
 
 @functools.lru_cache(maxsize=64)
-def _row_on_meta(in_features: int, scheme: Scheme) -> QuantizedLinear:
-    """A model has few widths, and packing takes milliseconds: without values ten times as many."""
-    linear = nn.Linear(in_features, 1, bias=False, device="meta")
+def _two_rows_on_meta(in_features: int, scheme: Scheme) -> QuantizedLinear:
+    """A model has few widths, and packing takes milliseconds: without values ten times as many.
+    One row alone would be left as it is."""
+    linear = nn.Linear(in_features, 2, bias=False, device="meta")
     linear.weight = nn.Parameter(
         torch.ones(linear.weight.shape, dtype=linear.weight.dtype, device="cpu")
     )
@@ -170,7 +173,25 @@ def is_linear(module: nn.Module) -> bool:
     """A subclass that computes something else, or is not called at all, is no linear."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    return type(module).forward is nn.Linear.forward or is_conv1d(module)
+    if type(module).forward is nn.Linear.forward or is_conv1d(module):
+        return True
+    return isinstance(module, nn.Linear) and _computes_the_same(module)
+
+
+def _computes_the_same(module: nn.Linear) -> bool:
+    """A forward of its own, such as Falcon's; tried on other numbers, as its own may be on meta."""
+    numbers = torch.arange(23.0, device="cpu").sin()
+    weight, bias, x = numbers[:12].view(3, 4), numbers[12:15], numbers[15:].view(2, 4)
+    x = torch.stack([x[0], 1e6 * x[1]])
+    parameters = {"weight": weight, "bias": None if module.bias is None else bias}
+    probe = copy.copy(module)
+    probe.__dict__["_parameters"] = parameters
+    try:
+        got = type(module).forward(probe, x)
+    # it takes something else, or needs more than a linear has
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(got, Tensor) and torch.allclose(got, F.linear(x, **parameters))
 
 
 def weight_of(linear: nn.Module) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class FoundLinear:
     transposed: bool
     name: str
     is_head: bool
-    is_router: bool = False  # its outputs are scores of experts, of which `topk` chooses
+    is_router: bool = False  # its outputs are scores of experts, of which the largest are chosen
 
     @property
     def in_features(self) -> int:
@@ -39,7 +40,7 @@ def find_linears(gm: GraphModule, names: Mapping[Node, str]) -> list[FoundLinear
     """All, in graph order, rewritable or not. `names`: weight placeholder -> parameter name."""
     operands = {node: found for node in gm.graph.nodes if (found := _operands(node))}
     read_on = _read_by_one_of(gm.graph, operands)
-    ranked = _read_by_topk(gm.graph, operands)
+    ranked = _ranked(gm.graph, operands)
     tables = {
         tuple(value(node.args[1]).shape)
         for node in gm.graph.nodes
@@ -80,23 +81,35 @@ def _read_by_one_of(graph: Graph, linears: Container[Node]) -> set[Node]:
     return found
 
 
-def _read_by_topk(graph: Graph, linears: Container[Node]) -> set[Node]:
-    """The nodes whose value reaches a `topk` without one of `linears` in between."""
+def _ranked(graph: Graph, linears: Container[Node]) -> set[Node]:
+    """The nodes of whose values the largest are looked for, without one of `linears` in between."""
     found: set[Node] = set()
     for node in reversed(graph.nodes):
         readers = (user for user in node.users if user not in linears)
-        if any(is_call(user, torch.topk, "topk") or user in found for user in readers):
+        if any(_ranks(user) or user in found for user in readers):
             found.add(node)
     return found
 
 
+def _ranks(node: Node) -> bool:
+    """It tells where the largest values are, and not only how large."""
+    if is_call(node, torch.max, "max"):
+        return any(is_call(user, operator.getitem) and user.args[1] == 1 for user in node.users)
+    return is_call(node, *_RANKS)
+
+
+_RANKS = torch.topk, "topk", torch.argmax, "argmax", torch.sort, "sort", torch.argsort, "argsort"
+
+
 def _looks_like_a_head(shape: tuple[int, ...], name: str, tables: set[tuple[int, ...]]) -> bool:
-    """It has the shape of an embedding table or, where the graph has no table, is wide or called
-    as transformers calls it."""
-    if tables:
-        return shape in tables
+    """It has the shape of an embedding table or as many outputs as the largest has rows, or is wide
+    where the graph has no table, or is called as transformers calls it."""
     N, K = shape
-    return N >= 8 * K or f".{name}".endswith(".lm_head.weight")
+    if f".{name}".endswith(".lm_head.weight"):
+        return True
+    if tables:
+        return shape in tables or max(rows for rows, _ in tables) == N
+    return N >= 8 * K
 
 
 def _operands(node: Node) -> tuple[Node, Node, Node | None, bool] | None:

@@ -108,6 +108,8 @@ def _reason_to_leave(linear: FoundLinear, scheme: Scheme) -> str | None:
         return (
             f"its dtypes are {weight.dtype} and {x.dtype}; only 16 and 32 bit floats are quantized"
         )
+    if linear.out_features == 1:
+        return "it has one output: a weight too small to gain by"
     if linear.in_features < scheme.group_size:
         return (
             f"its {linear.in_features} input channels are fewer than "

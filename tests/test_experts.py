@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,24 +258,36 @@ def test_compiled_it_computes_the_same(family: str) -> None:
 
 
 class Routed(nn.Module):
-    """A router and a linear that no choice depends on."""
+    """A router, a linear of whose outputs only the largest value counts, and a gate."""
 
-    def __init__(self) -> None:
+    def __init__(self, choose: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.router, self.up = nn.Linear(256, 128), nn.Linear(256, 256)
+        self.choose = choose
+        self.router, self.up, self.gate = (nn.Linear(256, rows) for rows in (128, 256, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        scores, experts = F.linear(x, self.router.weight).softmax(-1).topk(2)
-        chosen: Tensor = self.up(x) * scores.sum(-1, keepdim=True)
-        return chosen + experts.sum(-1, keepdim=True)
+        experts = self.choose(F.linear(x, self.router.weight).softmax(-1))
+        up: Tensor = self.up(x)
+        out: Tensor = self.gate(x) * (up - up.max(-1, keepdim=True).values) + experts
+        return out
 
 
-def test_the_backend_leaves_what_chooses_experts() -> None:
-    (run,) = rewrites(Routed().eval(), torch.randn(3, 256))
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda scores: scores.topk(2).indices.sum(-1, keepdim=True),
+        lambda scores: scores.max(-1, keepdim=True)[1],
+        lambda scores: scores.argmax(-1, keepdim=True),
+    ],
+    ids=["topk", "max", "argmax"],
+)
+def test_the_backend_leaves_what_chooses_experts(choose: Callable[[Tensor], Tensor]) -> None:
+    (run,) = rewrites(Routed(choose).eval(), torch.randn(3, 256))
     reasons = {plan.found.name: plan.reason for plan in run.planned}
     assert reasons == {
         "router.weight": "it chooses experts, by the largest of its outputs",
         "up.weight": None,
+        "gate.weight": "it has one output: a weight too small to gain by",
     }
 
 

@@ -20,7 +20,7 @@ from atom_compile.errors import (
     RecipeError,
     TrainingModeError,
 )
-from atom_compile.packer import pack_group
+from atom_compile.packer import is_linear, pack_group
 from atom_compile.quantized_linear import QuantizedLinear
 from atom_compile.scheme import Scheme
 
@@ -199,6 +199,29 @@ def test_a_linear_as_wide_as_the_vocabulary_is_no_head() -> None:
 def packed_names_of(model: nn.Module) -> set[str]:
     quantize(model, progress=False)
     return packed_names(model)
+
+
+class InItsOwnWords(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Clipped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-100, 100)
+
+
+class Twice(nn.Linear):
+    def forward(self, x: Tensor, factor: float) -> Tensor:  # type: ignore[override]
+        return super().forward(factor * x)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_linear_in_other_words_is_one(device: str) -> None:
+    kinds = nn.Linear, InItsOwnWords, Clipped, Twice
+    assert [is_linear(kind(8, 8, device=device)) for kind in kinds] == [True, True, False, False]
+    without_bias = InItsOwnWords(8, 8, bias=False, device=device)
+    assert not is_linear(without_bias)  # it would fail
 
 
 def test_gpt2_stores_its_weights_the_other_way_round() -> None:

@@ -105,6 +105,30 @@ class Ending(nn.Module):
         return scores
 
 
+class OtherWidth(nn.Module):
+    """Embeddings, and a head that is wider than they are or has other rows."""
+
+    def __init__(self, head: str, rows: int, width: int) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(96, 128), nn.Embedding(64, 128)
+        self.up, self.down = nn.Linear(128, width), nn.Linear(width, width)
+        self.head = head
+        self.add_module(head, nn.Linear(width, rows))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.positions(ids % 64)
+        scores: Tensor = getattr(self, self.head)(self.down(self.up(x)))
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("head", "rows", "is_head"), [("out", 96, True), ("lm_head", 90, True), ("out", 64, False)]
+)
+def test_a_head_of_another_shape_than_the_table(head: str, rows: int, is_head: bool) -> None:
+    (run,) = rewrites(OtherWidth(head, rows, 256).eval(), token_batch())
+    assert [plan.found.is_head for plan in run.planned] == [False, False, is_head]
+
+
 def test_a_head_without_a_table_is_told_by_its_name() -> None:
     (run,) = rewrites(Ending().eval(), torch.randn(3, 256))
     assert [plan.found.is_head for plan in run.planned] == [False, True]
