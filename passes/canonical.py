@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from .graphs import is_call, is_tensor, value
+from .graphs import argument, is_call, is_tensor, value
 
 LINEAR = torch._C._nn.linear
 
@@ -26,7 +26,6 @@ _SPELLINGS: dict[Any, Any] = {
     torch.layer_norm: F.layer_norm,
     torch.rms_norm: F.rms_norm,
     torch.nn.functional.sigmoid: torch.sigmoid,
-    F.relu: torch.relu,
     F.tanh: torch.tanh,
     **{
         name: getattr(torch, name)
@@ -46,6 +45,8 @@ _IN_PLACE = {
     "add_": torch.add,
     "mul_": torch.mul,
 }
+# by itself or in place, told by an argument; gates.py
+_ACTIVATIONS = {F.relu: torch.relu, F.silu: F.silu}
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type", "type_as")
 _TRANSPOSES = ("t", "T", "mT", "transpose", torch.t, torch.transpose)
 
@@ -57,6 +58,7 @@ def canonicalize(gm: GraphModule) -> GraphModule:
     x.float(), x.to(torch.float32), x.type_as(y)     ->  x.to(dtype), or x if it has that dtype
     x @ w.T, torch.mm(x, w.t()), addmm(b, x, w.t())  ->  linear(x, w, b)
     x += y, where nothing else can see x             ->  torch.add(x, y)
+    relu(x, inplace=True), likewise                  ->  torch.relu(x)
     dropout in eval mode                             ->  its input
     """
     for node in list(gm.graph.nodes):
@@ -74,6 +76,10 @@ def _respell(node: Node) -> None:
     elif is_call(node, F.dropout, torch.dropout) and _is_off(node):
         node.replace_all_uses_with(node.args[0])
         node.graph.erase_node(node)
+    elif node.target in _ACTIVATIONS:
+        if not argument(node, 1, "inplace", False) or _owns_input(node):
+            node.target = _ACTIVATIONS[node.target]
+            node.args, node.kwargs = node.args[:1], {}
     elif node.target in _IN_PLACE and _owns_input(node):
         _retarget(node, _IN_PLACE[node.target])
     elif node.target in _SPELLINGS:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .graphs import is_call, is_tensor, value
+from .graphs import argument, is_call, is_tensor, value
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ def match_gate(y: Node) -> FoundGate | None:
 
 
 def _match_activation(node: Any) -> tuple[Node, str] | None:
-    if is_call(node, F.silu):
+    if is_call(node, F.silu) and not argument(node, 1, "inplace", False):
         return node.args[0], "silu"
     if is_call(node, F.gelu, torch._C._nn.gelu):
         approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")

@@ -16,6 +16,7 @@ from atom_compile.store import Dispatcher
 from ..capturing import (
     arguments_of,
     atom_operators,
+    reference_output,
     relative_error,
     rewrites,
     token_batch,
@@ -178,3 +179,35 @@ def test_any_width(width: int) -> None:
     (run,) = rewrites(model, x, scheme="w4a8")
     (got,), _ = execute(run, arguments_of(model, x))
     assert relative_error(got, model(x)) < 0.25
+
+
+class Activated(nn.Module):
+    """Activations that no linear reads, and one that does, beside other readers of their input."""
+
+    def __init__(self, kind: type[nn.ReLU] | type[nn.SiLU], inplace: bool, apart: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(256, 256), nn.Linear(256, 256)
+        self.activation, self.apart = kind(inplace), apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(x)
+        active: Tensor = self.activation(up)
+        again: Tensor = self.activation(active - 0.5) * 2
+        down: Tensor = self.down(active)
+        return down + again + (up if self.apart else 0)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.SiLU])
+def test_activations_in_place_and_alone(
+    kind: type[nn.ReLU] | type[nn.SiLU], inplace: bool, apart: bool
+) -> None:
+    torch.manual_seed(0)
+    model, x = Activated(kind, inplace, apart).eval(), torch.randn(3, 256)
+    unquantized: dict[str, Any] = {"skip": ["*"], "allow_unchanged": True}
+    for options in (unquantized, {"scheme": "w4a8"}):
+        plain = reference_output(model, x, fuse=False, **options)
+        torch.testing.assert_close(reference_output(model, x, **options), plain)
+        if options is unquantized:
+            torch.testing.assert_close(plain, model(x))
