@@ -94,10 +94,13 @@ def _respell(node: Node) -> None:
 def _retarget(node: Node, target: Any) -> None:
     node.op = "call_function"
     node.target = target
-    if "other" in node.kwargs and len(node.args) == 1:
-        kwargs = dict(node.kwargs)
+    kwargs = dict(node.kwargs)
+    if "other" in kwargs and len(node.args) == 1:
         node.args = (node.args[0], kwargs.pop("other"))
-        node.kwargs = kwargs
+    if target is F.layer_norm:  # torch's own is told whether cuDNN may compute it, too
+        node.args = node.args[:5]
+        kwargs.pop("cudnn_enable", None)
+    node.kwargs = kwargs
 
 
 def _respell_cast(node: Node) -> None:

@@ -181,6 +181,25 @@ def test_any_width(width: int) -> None:
     assert relative_error(got, model(x)) < 0.25
 
 
+class TorchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.down = nn.LayerNorm(256), nn.Linear(256, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, bias = self.norm.weight, self.norm.bias
+        x = torch.layer_norm(x, (256,), scale, bias, 1e-5, True)
+        x = torch.layer_norm(x, (256,), weight=scale, bias=bias, cudnn_enable=False)
+        down: Tensor = self.down(x)
+        return down
+
+
+def test_torchs_own_layer_norm_takes_more() -> None:
+    model, x = TorchNorm().eval(), torch.randn(3, 256)
+    plain = reference_output(model, x, skip=["*"], allow_unchanged=True)
+    torch.testing.assert_close(plain, model(x))
+
+
 class Activated(nn.Module):
     """Activations that no linear reads, and one that does, beside other readers of their input."""
 
