@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -63,10 +64,12 @@ def make_plan(
     uncalibrated = frozenset(name for name in of_experts if f"{name}.weight" not in known)
     left: dict[str, str] = {}
     linears: dict[str, nn.Module] = {}
-    shared = _shared_parameters(model)
+    shared, kept = _shared_parameters(model), _kept_in_32_bits(model)
     for name, module in model.named_modules():
         if is_linear(module):
             reason = _reason_to_leave(name, module, shared) or _reason_of_place(model, name)
+            if kept is not None and kept.search(f"{name}.weight"):
+                reason = "transformers keeps it in 32 bits, and may cast activations to its dtype"
             if reason:
                 left[f"{name}.weight"] = reason
             else:
@@ -230,6 +233,13 @@ def _reason_to_leave(name: str, module: nn.Module, shared: Mapping[str, str]) ->
     if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks, or a forward of its own"
     return None
+
+
+def _kept_in_32_bits(model: nn.Module) -> re.Pattern[str] | None:
+    """Of the names of weights that other quantizers of transformers leave, too: T5's `wo`."""
+    lists = (getattr(model, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict"))
+    names = sorted({name for one in lists for name in one or ()})
+    return re.compile("|".join(rf"(^|\.){name}($|\.)" for name in names)) if names else None
 
 
 def _reason_of_place(model: nn.Module, name: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import AtomError
 from .kernels.float8_linear import float8_linear
 from .kernels.linear import linear
 from .kernels.packing import (
@@ -147,6 +148,12 @@ class QuantizedLinear(nn.Module):
         return held
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise AtomError(
+                f"a packed linear is called with {x.dtype}: the model casts activations to the "
+                'dtype of its weight. Leave it as it is: quantize(model, ..., skip=["*.<its name>'
+                '.weight"])'
+            )
         form = self.input_format
         cut = form.cut
         order = self._int32_order()

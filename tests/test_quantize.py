@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from atom_compile import AtomError, calibrate, quantize
 from atom_compile.errors import (
@@ -24,7 +24,7 @@ from atom_compile.packer import is_linear, pack_group
 from atom_compile.quantized_linear import QuantizedLinear
 from atom_compile.scheme import Scheme
 
-from .capturing import reference_output, token_batch
+from .capturing import reference_output, relative_error, token_batch
 from .models import HandWritten, tiny_llama
 
 SCHEMES = ["w4a4", "w4a4-fp4", "w4ax", "w4a8", "w4a4-rotated", "w4a8-two-level", "w4a16", "w6a16"]
@@ -199,6 +199,25 @@ def test_a_linear_as_wide_as_the_vocabulary_is_no_head() -> None:
 def packed_names_of(model: nn.Module) -> set[str]:
     quantize(model, progress=False)
     return packed_names(model)
+
+
+def test_what_transformers_keeps_in_32_bits_is_left() -> None:
+    sizes = {"d_model": 256, "d_ff": 384, "num_layers": 1, "num_heads": 4, "vocab_size": 96}
+    torch.manual_seed(0)
+    model, ids = T5ForConditionalGeneration(T5Config(**sizes)).eval(), token_batch()
+    want = model(input_ids=ids, decoder_input_ids=ids).logits
+    done = quantize(model, "w4a8", progress=False)
+    kept = [name for name, reason in done.left.items() if "32 bits" in reason]
+    assert len(kept) == 2 and all(name.endswith(".wo.weight") for name in kept)
+    got = model(input_ids=ids, decoder_input_ids=ids).logits
+    assert relative_error(got, want) < 0.3
+
+
+def test_activations_cast_to_the_dtype_of_a_packed_weight_are_refused() -> None:
+    linear = nn.Sequential(nn.Linear(256, 256)).eval()
+    quantize(linear, include_head=True, progress=False)
+    with pytest.raises(AtomError, match=r"called with torch.uint8: .*Leave it as it is"):
+        linear(torch.zeros(2, 256, dtype=torch.uint8))
 
 
 class InItsOwnWords(nn.Linear):
