@@ -269,9 +269,9 @@ def test_paths_by_tokens_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "multiplies_e4m3", lambda _: True)
     monkeypatch.setattr(float8_hopper, "is_hopper", lambda _: True)
     assert operator.describe(1, 4096, layout, torch.bfloat16, gpu) == operator.PATH
-    assert operator.describe(1024, 4096, layout, torch.bfloat16, gpu) == operator.HOPPER
-    assert operator.describe(4096, 4096, layout, torch.bfloat16, gpu) == operator.SCALED
-    assert operator.describe(4096, 4096, layout, torch.float16, gpu) == operator.HOPPER
+    assert operator.describe(4096, 4096, layout, torch.bfloat16, gpu) == operator.HOPPER
+    assert operator.describe(8192, 4096, layout, torch.bfloat16, gpu) == operator.SCALED
+    assert operator.describe(8192, 4096, layout, torch.float16, gpu) == operator.HOPPER
     assert operator.describe(4096, 4090, layout, torch.float16, gpu) == operator.DEQUANTIZE
     operator.choose_tiling.cache_clear()
     monkeypatch.setattr(float8_hopper, "is_hopper", lambda _: False)
