@@ -35,7 +35,7 @@ FILES = sorted(
     for kind in ("llama3-8b-*", "accuracy-*", "*-model-*", "kv-cache-*", "rotations-*")
     for path in MEASURED.glob(f"{kind}.json")
 )
-LAYER = MEASURED / "llama3-8b-w4a4-layer-nvidia-h100-80gb-hbm3.json"
+LAYER = MEASURED / "llama3-8b-w4a4-layer-nvidia-h200.json"
 OPERATORS = MEASURED / "llama3-8b-llama3-70b-w4a4-operators-nvidia-h100-80gb-hbm3.json"
 WHERE = {"device": "a device", "torch": "2.13.0", "triton": "3.6.0", "date": "2026-11-22T00:00:00"}
 
@@ -239,7 +239,7 @@ def test_files_are_png_and_svg_with_text_and_always_the_same(tmp_path: Path) -> 
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     assert paths[0].read_bytes().startswith(b"\x89PNG")
     svg = paths[1].read_text()
-    assert all(text in svg for text in ("fused operators", "NVIDIA H100", "triton 3.6.0"))
+    assert all(text in svg for text in ("fused operators", "NVIDIA H200", "triton 3.6.0"))
     save_figures(figures_of(load(LAYER), "layer"), tmp_path)
     assert paths[1].read_text() == svg
     inline = inline_svg(figures["layer"], "layer")
