@@ -64,12 +64,10 @@ def make_plan(
     uncalibrated = frozenset(name for name in of_experts if f"{name}.weight" not in known)
     left: dict[str, str] = {}
     linears: dict[str, nn.Module] = {}
-    shared, kept = _shared_parameters(model), _kept_in_32_bits(model)
+    shared = _shared_parameters(model)
     for name, module in model.named_modules():
         if is_linear(module):
             reason = _reason_to_leave(name, module, shared) or _reason_of_place(model, name)
-            if kept is not None and kept.search(f"{name}.weight"):
-                reason = "transformers keeps it in 32 bits, and may cast activations to its dtype"
             if reason:
                 left[f"{name}.weight"] = reason
             else:
@@ -235,15 +233,18 @@ def _reason_to_leave(name: str, module: nn.Module, shared: Mapping[str, str]) ->
     return None
 
 
-def _kept_in_32_bits(model: nn.Module) -> re.Pattern[str] | None:
-    """Of the names of weights that other quantizers of transformers leave, too: T5's `wo`."""
+def _kept_in_32_bits(model: nn.Module, name: str) -> bool:
+    """Whether transformers' other quantizers leave this linear, too: T5's `wo`."""
     lists = (getattr(model, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict"))
-    names = sorted({name for one in lists for name in one or ()})
-    return re.compile("|".join(rf"(^|\.){name}($|\.)" for name in names)) if names else None
+    kept = [one for some in lists for one in some or ()]
+    return any(re.search(rf"(^|\.){one}($|\.)", f"{name}.weight") for one in kept)
 
 
 def _reason_of_place(model: nn.Module, name: str) -> str | None:
-    """For what lies beside experts, or in a module that is called as what chooses among them is."""
+    """For what lies beside experts, or in a module that is called as what chooses among them is,
+    and for what transformers names."""
+    if _kept_in_32_bits(model, name):
+        return "transformers keeps it in 32 bits, and may cast activations to its dtype"
     owner, _, _ = name.rpartition(".")
     above, _, called = owner.rpartition(".")
     beside = [owner, above] if called in ("gate", "router") else [owner]
