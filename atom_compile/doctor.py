@@ -28,6 +28,7 @@ from .kernels import (
     tuning,
     two_level_linear,
 )
+from .kernels.hopper_tiles import HopperTiling
 from .kernels.packing import GroupLayout
 
 _OLDEST = {"torch": "2.11", "triton": "3.6", "transformers": "5"}
@@ -110,7 +111,7 @@ def _kernels() -> list[Finding]:
     # so many tokens that Hopper's own kernel runs, where there is one
     many_in_float8 = (*quantize_e4m3.reference(x.repeat(4, 1)), *in_float8[2:])
     small = linear.Tiling(64, 16, 1)
-    large = linear_hopper.HopperTiling(64, 1)
+    large = HopperTiling(64, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hopper = functools.partial(linear.launch, tiling=large)
     found = [

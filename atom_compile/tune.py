@@ -32,12 +32,12 @@ from .files import write_text
 from .kernels import (
     float8_linear,
     linear,
-    linear_hopper,
     quantize,
     quantize_e4m3,
     tuning,
     weight_only_linear,
 )
+from .kernels.hopper_tiles import HopperTiling
 from .kernels.packing import pack_grouped, pack_rows, pack_weight
 from .scheme import Scheme
 
@@ -59,7 +59,7 @@ class Size(NamedTuple):
     K: int
 
 
-Candidate = linear.Tiling | linear_hopper.HopperTiling | weight_only_linear.Dense
+Candidate = linear.Tiling | HopperTiling | weight_only_linear.Dense
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import constexpr_function
 
-from . import linear_hopper
+from . import hopper_tiles
 from .arrivals import Product
 from .devices import is_hopper
 from .formats import FORMATS
-from .launching import Launch, buffer, plan
-from .linear_hopper import (
+from .hopper_tiles import (
     ROLE_REGISTERS,
     HopperTiling,
     blocks_of_bytes,
@@ -44,6 +43,7 @@ from .linear_hopper import (
     share_out,
     tile_at,
 )
+from .launching import Launch, buffer, plan
 from .weight_values import placing_in_e4m3
 
 
@@ -300,7 +300,7 @@ def best_tiling(
     M: int, N: int, num_groups: int, dtype: torch.dtype, multiprocessors: int
 ) -> HopperTiling:
     step_us = {tiling: STEP_US[tiling] for tiling in tilings(dtype)}
-    return linear_hopper.best_tiling(M, N, num_groups, step_us, multiprocessors)[0]
+    return hopper_tiles.best_tiling(M, N, num_groups, step_us, multiprocessors)[0]
 
 
 @plan

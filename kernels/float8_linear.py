@@ -29,9 +29,9 @@ from torch import Tensor
 from . import float8_hopper, linear, tuning, weight_only_linear
 from .devices import multiplies_e4m3, multiprocessors
 from .formats import FORMATS
+from .hopper_tiles import HopperTiling
 from .library import define
 from .linear import Tiling, tuned_tiling
-from .linear_hopper import HopperTiling
 from .packing import GroupLayout, RowWeight, dequantize_weight, rows_per_group
 from .weight_only_linear import Dense
 

@@ -23,13 +23,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import e2m1, linear_hopper, tuning
+from . import e2m1, hopper_tiles, linear_hopper, tuning
 from .arrivals import ALONE, Product, Sharing
 from .devices import multiprocessors
 from .formats import E2M1
+from .hopper_tiles import HopperTiling
 from .launching import Launch, buffer, plan
 from .library import define
-from .linear_hopper import HopperTiling
 from .overlap import fetch_into_l2, overlap
 from .packing import GroupLayout, rows_per_group, unpack_e2m1, unpack_int4
 from .sizes import cdiv, next_power_of_2
@@ -413,7 +413,7 @@ def fastest_tiling(
     if M > _FEW_TOKENS and linear_hopper.fits(device, N, group_size, outliers):
         steps = linear_hopper.steps_of_tile(num_groups, outliers)
         step_us = linear_hopper.STEP_US[two_level]
-        tiling, microseconds = linear_hopper.best_tiling(M, N, steps, step_us, processors)
+        tiling, microseconds = hopper_tiles.best_tiling(M, N, steps, step_us, processors)
         # measured of linear_kernel: 7 us, and 280 T multiplications a second
         if microseconds < 7 + M * N * num_groups * group_size / 280e6:
             return tiling

@@ -1,8 +1,8 @@
 """The product of `weight_only_linear` on Hopper: TMA, wgmma, warp roles.
 
-As linear_hopper.py, whose tiles, roles and sharing-out of tiles these are, with 16-bit activations
-beside the packed weight in a ring's stage: two warpgroups turn their rows of the weight into the
-16-bit registers that wgmma reads while one warp loads ahead.
+As linear_hopper.py, whose roles these are, with 16-bit activations beside the packed weight in a
+ring's stage: two warpgroups turn their rows of the weight into the 16-bit registers that wgmma
+reads while one warp loads ahead.
 
 Codes are exact in 16 bits, and a group's sum is scaled (SCALED_WEIGHT false), which takes registers
 of its own. The largest tile has none left: there each weight is scaled before the product and
@@ -27,11 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import constexpr_function
 
-from . import linear_hopper
+from . import hopper_tiles
 from .arrivals import Product
 from .formats import BLOCK_FORMATS
-from .launching import Blocks, Launch, buffer, plan
-from .linear_hopper import (
+from .hopper_tiles import (
     ROLE_REGISTERS,
     HopperTiling,
     blocks_of_rows,
@@ -42,6 +41,7 @@ from .linear_hopper import (
     share_out,
     tile_at,
 )
+from .launching import Blocks, Launch, buffer, plan
 from .packing import rows_per_group
 from .weight_values import (
     num_parts,
@@ -465,7 +465,7 @@ def best_tiling(
 ) -> tuple[HopperTiling, float]:
     """The fastest one, and the microseconds that it should take; kind: as in STEP_US."""
     step_us = {tiling: STEP_US[kind][tiling] for tiling in tilings(dtype, kind)}
-    return linear_hopper.best_tiling(M, N, num_groups, step_us, multiprocessors)
+    return hopper_tiles.best_tiling(M, N, num_groups, step_us, multiprocessors)
 
 
 @plan

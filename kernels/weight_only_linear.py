@@ -49,10 +49,10 @@ from . import linear, tuning, weight_only_hopper
 from .arrivals import Product
 from .devices import is_hopper, multiprocessors
 from .formats import BLOCK_FORMATS, element_format
+from .hopper_tiles import HopperTiling
 from .launching import Buffer, Launch, buffer, plan
 from .library import define
 from .linear import Tiling, split_tiles, store_tile, tile_in_band, tuned_tiling
-from .linear_hopper import HopperTiling
 from .overlap import overlap, zero_when_ready
 from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight, rows_per_group
 from .sizes import cdiv

@@ -41,6 +41,7 @@ from atom_compile.kernels import (
     weight_only_linear,
 )
 from atom_compile.kernels import quantize_rows as rows
+from atom_compile.kernels.hopper_tiles import HopperTiling
 
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "launch_pdl"}
 TYPES = {
@@ -169,19 +170,19 @@ def main(capability: int) -> None:
             patch.setattr(linear_hopper, "linear_hopper_kernel", kernel)
             codes, scale = quantize.reference(torch.randn(300, K), *numbers)
             extras = torch.zeros(N), torch.zeros(300, N, dtype=torch.bfloat16), torch.bfloat16
-            tiling = linear_hopper.HopperTiling(128, 1)
+            tiling = HopperTiling(128, 1)
             linear.launch(codes, scale, *packed, *extras, tiling)
             linear.launch(codes, scale, *of_e2m1, *extras, tiling, format="e2m1")
             plain = packing.GroupLayout(K, 128, 0)
             codes_plain, scale_plain = quantize.reference(torch.randn(300, K), 4, 128, 0, 0.9)
             packed_plain = packing.pack_weight(torch.randn(N, K), plain, bits=4, clip=0.85)
-            few = linear_hopper.HopperTiling(16, 1)
+            few = HopperTiling(16, 1)
             operands = codes_plain, scale_plain, *packed_plain, None, None, torch.bfloat16
             linear.launch(*operands, few)
             some = torch.zeros(1024), extras[1][:, :1024].contiguous(), torch.bfloat16
-            linear.launch(codes, scale, *some_rows, *some, linear_hopper.HopperTiling(128, 1))
+            linear.launch(codes, scale, *some_rows, *some, HopperTiling(128, 1))
             two_levels = packing.pack_two_level(torch.randn(N, K), layout)
-            tiling = linear_hopper.HopperTiling(128, 2)
+            tiling = HopperTiling(128, 2)
             linear.multiply(codes, scale[:2], *two_levels, *extras, tiling)
         patch.setattr(weight_only_linear, "multiprocessors", lambda device: 132)
         for name in ("weight_only_kernel", "dequantize_kernel"):

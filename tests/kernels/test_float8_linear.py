@@ -15,8 +15,8 @@ from atom_compile.kernels import float8_linear as operator
 from atom_compile.kernels.devices import is_hopper, multiplies_e4m3
 from atom_compile.kernels.float_linear import float_linear
 from atom_compile.kernels.formats import E4M3, FORMATS
+from atom_compile.kernels.hopper_tiles import HopperTiling
 from atom_compile.kernels.linear import Tiling
-from atom_compile.kernels.linear_hopper import HopperTiling
 from atom_compile.kernels.packing import (
     FloatWeight,
     GroupLayout,

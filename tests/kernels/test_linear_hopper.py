@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from atom_compile.kernels import linear, linear_hopper, quantize, two_level_linear
-from atom_compile.kernels.linear_hopper import (
-    STEP_US,
-    HopperTiling,
-    best_tiling,
-    tilings,
-    whole_tiles,
-)
+from atom_compile.kernels.hopper_tiles import HopperTiling, best_tiling, whole_tiles
+from atom_compile.kernels.linear_hopper import STEP_US, tilings
 from atom_compile.kernels.packing import GroupLayout, narrow_rows, pack_two_level, pack_weight
 
 from .cases import poisoned_memory

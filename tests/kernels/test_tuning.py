@@ -19,7 +19,7 @@ from atom_compile.kernels import (
     weight_only_hopper,
     weight_only_linear,
 )
-from atom_compile.kernels.linear_hopper import HopperTiling
+from atom_compile.kernels.hopper_tiles import HopperTiling
 
 GPU = torch.device("cuda", 0)
 

@@ -6,7 +6,7 @@ import torch
 from atom_compile.kernels import weight_only_hopper
 from atom_compile.kernels import weight_only_linear as operator
 from atom_compile.kernels.formats import FORMATS
-from atom_compile.kernels.linear_hopper import HopperTiling
+from atom_compile.kernels.hopper_tiles import HopperTiling
 from atom_compile.kernels.packing import GroupedWeight, GroupLayout, narrow_rows
 
 from .cases import poisoned_memory
