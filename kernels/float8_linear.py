@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import float8_hopper, linear, tuning, weight_only_linear
+from .dequantize import dequantize
 from .devices import multiplies_e4m3, multiprocessors
 from .formats import FORMATS
 from .hopper_tiles import HopperTiling
@@ -285,7 +286,7 @@ def multiply_scaled(
 
 def _in_e4m3(packed: RowWeight, K: int, format: str) -> Tensor:
     """(N, K), 2^-gap of the values that the codes stand for."""
-    return weight_only_linear.dequantize(packed, K, torch.float8_e4m3fn, format)
+    return dequantize(packed, K, torch.float8_e4m3fn, format)
 
 
 def multiply_dense(
@@ -300,7 +301,7 @@ def multiply_dense(
 ) -> Tensor:
     """`launch` by way of activations and the whole weight in `dtype`."""
     x = (codes.float() * scale[..., None]).to(dtype)
-    dense = weight_only_linear.dequantize(packed, x.shape[-1], dtype, format)
+    dense = dequantize(packed, x.shape[-1], dtype, format)
     out = F.linear(x, dense, None if bias is None else bias.to(dtype))
     return out if residual is None else out + residual
 

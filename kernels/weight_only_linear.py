@@ -47,16 +47,26 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import linear, tuning, weight_only_hopper
 from .arrivals import Product
+from .dequantize import dequantize
 from .devices import is_hopper, multiprocessors
-from .formats import BLOCK_FORMATS, element_format
+from .formats import element_format
 from .hopper_tiles import HopperTiling
-from .launching import Buffer, Launch, buffer, plan
+from .launching import Launch, buffer, plan
 from .library import define
 from .linear import Tiling, split_tiles, store_tile, tile_in_band, tuned_tiling
 from .overlap import overlap, zero_when_ready
-from .packing import GroupedWeight, GroupLayout, RowWeight, dequantize_weight, rows_per_group
+from .packing import GroupedWeight, GroupLayout, dequantize_weight, rows_per_group
 from .sizes import cdiv
-from .weight_values import num_parts, power_left, power_of_e4m3, read_scale, to_values
+from .weight_values import (
+    bits_of,
+    load_scales,
+    num_parts,
+    power_left,
+    power_of_e4m3,
+    read_scale,
+    scale_of,
+    to_values,
+)
 
 
 def reference(
@@ -101,21 +111,6 @@ def fake(
     format: str = "int",
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1], dtype=dtype)
-
-
-@triton.jit
-def _load_scales(weight_scale_ptr, first_row, weight_rows, n, live_n, SCALE: tl.constexpr):
-    """Of the lower and the upper codes of rows n of a group, which begins at `first_row`."""
-    if SCALE == "e4m3":
-        low = tl.load(weight_scale_ptr + 2 * first_row + n, mask=live_n, other=0)
-        high = tl.load(weight_scale_ptr + 2 * first_row + weight_rows + n, mask=live_n, other=0)
-    elif SCALE == "row":
-        low = tl.zeros(n.shape, dtype=tl.float32)
-        high = low
-    else:
-        low = tl.load(weight_scale_ptr + first_row + n, mask=live_n, other=0)
-        high = low
-    return low, high
 
 
 @triton.jit
@@ -245,7 +240,7 @@ def weight_only_kernel(
     end = (split + 1) * num_groups // splits
     # Triton does not pipeline loads this small: they are fetched one step ahead
     scale_at = tl.cast(first, tl.int64) * weight_rows
-    low_scale, high_scale = _load_scales(weight_scale_ptr, scale_at, weight_rows, n, live_n, SCALE)
+    low_scale, high_scale = load_scales(weight_scale_ptr, scale_at, weight_rows, n, live_n, SCALE)
     zero_point = tl.zeros((BLOCK_N,), dtype=tl.int8)
     if HAS_ZERO_POINT:
         zero_point = tl.load(zero_point_ptr + scale_at + n, mask=live_n, other=0)
@@ -254,7 +249,7 @@ def weight_only_kernel(
         byte = (step % STEPS) * PART_STEP
         following = tl.cast(tl.minimum((step + 1) // STEPS, num_groups - 1), tl.int64)
         following = following * weight_rows
-        next_low_scale, next_high_scale = _load_scales(
+        next_low_scale, next_high_scale = load_scales(
             weight_scale_ptr, following, weight_rows, n, live_n, SCALE
         )
         if HAS_ZERO_POINT:
@@ -317,70 +312,6 @@ def weight_only_kernel(
         acc, m, n, M, N, bias_ptr, residual_ptr, out_ptr, partial_ptr, arrivals_ptr,
         tile, split, splits, HAS_BIAS, HAS_RESIDUAL, IS_SPLIT,
     )  # fmt: skip
-
-
-@triton.jit
-def dequantize_kernel(
-    weight_ptr,
-    weight_scale_ptr,
-    zero_point_ptr,
-    high_bits_ptr,
-    row_scale_ptr,
-    out_ptr,
-    N,
-    K,
-    weight_rows,
-    HALF_GROUP: tl.constexpr,
-    EXPONENT_BITS: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
-    SCALE: tl.constexpr,
-    HAS_ZERO_POINT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PACK: tl.constexpr,
-):
-    """One group of BLOCK_N rows of the weight (N, K).
-
-    In e4m3 `out` is not scaled: it has the codes as they are placed.
-    """
-    PARTS: tl.constexpr = num_parts(EXPONENT_BITS, MANTISSA_BITS)
-    HAS_HIGH_BITS: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS > 3
-    PART_BYTES: tl.constexpr = HALF_GROUP // PARTS
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    UNPLACED: tl.constexpr = power_left(EXPONENT_BITS, DTYPE)
-    group = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live_n = n < N
-    first_row = tl.cast(group, tl.int64) * weight_rows
-    at = first_row + n
-    lane = tl.arange(0, PART_BYTES)
-    live = live_n[:, None]
-    low_scale, high_scale = _load_scales(weight_scale_ptr, first_row, weight_rows, n, live_n, SCALE)
-    low_scale, high_scale = read_scale(low_scale, SCALE), read_scale(high_scale, SCALE)
-    if SCALE == "row":
-        low_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
-        high_scale = low_scale
-    if SCALE == "e4m3":
-        row_scale = tl.load(row_scale_ptr + n, mask=live_n, other=0.0)
-        low_scale, high_scale = low_scale * row_scale, high_scale * row_scale
-    zero_point = tl.zeros((BLOCK_N,), dtype=tl.int8)
-    if HAS_ZERO_POINT:
-        zero_point = tl.load(zero_point_ptr + at, mask=live_n, other=0)
-    if HAS_HIGH_BITS:
-        high_bits = tl.load(high_bits_ptr + at[:, None] * PART_BYTES + lane, mask=live, other=0)
-    for part in tl.static_range(PARTS):
-        byte = part * PART_BYTES + lane
-        packed = tl.load(weight_ptr + at[:, None] * HALF_GROUP + byte, mask=live, other=0)
-        low, high = to_values(
-            packed, high_bits if HAS_HIGH_BITS else packed, zero_point, low_scale, high_scale,
-            DTYPE, PACK, EXPONENT_BITS, MANTISSA_BITS, part, False,
-        )  # fmt: skip
-        if not DTYPE.is_fp8e4nv():
-            low = (low.to(tl.float32) * UNPLACED * low_scale[:, None]).to(DTYPE)
-            high = (high.to(tl.float32) * UNPLACED * high_scale[:, None]).to(DTYPE)
-        channel = group * 2 * HALF_GROUP + byte[None, :]
-        out = out_ptr + n.to(tl.int64)[:, None] * K + channel
-        tl.store(out, low, mask=live & (channel < K))
-        tl.store(out + HALF_GROUP, high, mask=live & (channel + HALF_GROUP < K))
 
 
 PATH = "triton 16-bit"
@@ -556,17 +487,9 @@ def least_group_size(format: str) -> int:
     return 2 * _LEAST_DEPTH * _num_parts(format)
 
 
-def _bits(format: str) -> tuple[int, int]:
-    """Of exponent and mantissa, as the kernels take them."""
-    if format == "int":
-        return 0, 0
-    element = element_format(format)
-    return element.exponent_bits, element.mantissa_bits
-
-
 @functools.cache
 def _num_parts(format: str) -> int:
-    return int(num_parts(*_bits(format)))
+    return int(num_parts(*bits_of(format)))
 
 
 def _width(format: str) -> int:
@@ -576,13 +499,6 @@ def _width(format: str) -> int:
 def _kind(format: str) -> str:
     """Of whose times the models of a kernel's speed know: `_PRODUCTS`, `STEP_US`."""
     return "int" if format == "int" else "other"
-
-
-def _scale_of(format: str) -> str:
-    """As `read_scale` takes it."""
-    if format not in BLOCK_FORMATS:
-        return "16 bits"
-    return "e4m3" if BLOCK_FORMATS[format].tensor_scale else "e8m0"
 
 
 def launch(
@@ -635,7 +551,7 @@ def multiply_on_hopper(
     product = weight_only_hopper.plan_product(
         x.shape, weight.shape, rows_per_group(weight),
         0 if high_bits is None else high_bits.shape[2], x.dtype, zero_point is not None,
-        bias is not None, residual is not None, _bits(format), tiling, multiprocessors(x.device),
+        bias is not None, residual is not None, bits_of(format), tiling, multiprocessors(x.device),
     )  # fmt: skip
     high_rows = weight if high_bits is None else high_bits
     operands = x, weight, high_rows, weight_scale, zero_point
@@ -690,7 +606,7 @@ def _plan_product(
     num_groups, N, half_group = weight_shape
     M, K = math.prod(x_shape[:-1]), x_shape[-1]
     tiles, sharing = split_tiles(M, N, tiling)
-    exponent_bits, mantissa_bits = _bits(format)
+    exponent_bits, mantissa_bits = bits_of(format)
     launch = Launch(
         weight_only_kernel,
         (tiles, tiling.split_k),
@@ -700,7 +616,7 @@ def _plan_product(
         RAGGED=K % (2 * half_group) != 0,
         EXPONENT_BITS=exponent_bits,
         MANTISSA_BITS=mantissa_bits,
-        SCALE="row" if has_x_scale else _scale_of(format),
+        SCALE="row" if has_x_scale else scale_of(format),
         HAS_ZERO_POINT=has_zero_point,
         HAS_X_SCALE=has_x_scale,
         HAS_BIAS=has_bias,
@@ -735,55 +651,6 @@ def multiply_dense(
     dense = dequantize(packed, x.shape[-1], x.dtype, format)
     out = F.linear(x, dense, None if bias is None else bias.to(x.dtype))
     return out if residual is None else out + residual
-
-
-def dequantize(
-    packed: GroupedWeight | RowWeight, K: int, dtype: torch.dtype, format: str
-) -> Tensor:
-    """The weight (N, K) in `dtype`, on a GPU; in e4m3 its codes as they are placed, not scaled:
-    2^-gap of their values."""
-    weight, high_bits, row_scale = packed.weight, packed.high_bits, packed.row_scale
-    weight_scale, zero_point, scale = None, None, "row"
-    if isinstance(packed, GroupedWeight):
-        weight_scale, zero_point = packed.weight_scale, packed.zero_point
-        scale = _scale_of(format)
-    planned, launch = _plan_dequantize(
-        weight.shape, rows_per_group(weight), K, dtype, scale, zero_point is not None, format,
-        weight.is_cuda,
-    )  # fmt: skip
-    dense = planned.beside(weight)
-    launch(weight, weight_scale, zero_point, high_bits, row_scale, dense)
-    return dense
-
-
-@plan
-def _plan_dequantize(
-    weight_shape: torch.Size,
-    rows_per_group: int,
-    K: int,
-    dtype: torch.dtype,
-    scale: str,
-    has_zero_point: bool,
-    format: str,
-    on_gpu: bool,
-) -> tuple[Buffer, Launch]:
-    """dtype: of the dense weight; scale: as `read_scale` takes it."""
-    num_groups, N, half_group = weight_shape
-    exponent_bits, mantissa_bits = _bits(format)
-    block_n = max(1, 4096 // half_group)
-    launch = Launch(
-        dequantize_kernel,
-        (cdiv(N, block_n), num_groups),
-        (N, K, rows_per_group),
-        HALF_GROUP=half_group,
-        EXPONENT_BITS=exponent_bits,
-        MANTISSA_BITS=mantissa_bits,
-        SCALE=scale,
-        HAS_ZERO_POINT=has_zero_point,
-        BLOCK_N=block_n,
-        PACK=4 if on_gpu else 0,
-    )
-    return buffer(N, K, dtype=dtype), launch
 
 
 weight_only_linear = define(

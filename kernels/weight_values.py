@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .formats import BLOCK_FORMATS, element_format
+
 
 @triton.constexpr_function
 def unpacking(dtype, pack):
@@ -246,6 +248,21 @@ def read_scale(scale, SCALE: tl.constexpr):
 
 
 @triton.jit
+def load_scales(weight_scale_ptr, first_row, weight_rows, n, live_n, SCALE: tl.constexpr):
+    """Of the lower and the upper codes of rows n of a group, which begins at `first_row`."""
+    if SCALE == "e4m3":
+        low = tl.load(weight_scale_ptr + 2 * first_row + n, mask=live_n, other=0)
+        high = tl.load(weight_scale_ptr + 2 * first_row + weight_rows + n, mask=live_n, other=0)
+    elif SCALE == "row":
+        low = tl.zeros(n.shape, dtype=tl.float32)
+        high = low
+    else:
+        low = tl.load(weight_scale_ptr + first_row + n, mask=live_n, other=0)
+        high = low
+    return low, high
+
+
+@triton.jit
 def _place(codes, DTYPE: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr):
     """int32 codes -> as `placing` makes them, or `placing_in_e4m3`."""
     WIDTH: tl.constexpr = EXPONENT_BITS + MANTISSA_BITS
@@ -337,3 +354,18 @@ def to_values(
         low = (((packed << 4) >> 4).to(tl.int32) - zero_point).to(tl.float32).to(DTYPE)
         high = ((packed >> 4).to(tl.int32) - zero_point).to(tl.float32).to(DTYPE)
     return low, high
+
+
+def bits_of(format: str) -> tuple[int, int]:
+    """Of exponent and mantissa, as the kernels take them."""
+    if format == "int":
+        return 0, 0
+    element = element_format(format)
+    return element.exponent_bits, element.mantissa_bits
+
+
+def scale_of(format: str) -> str:
+    """As `read_scale` takes it."""
+    if format not in BLOCK_FORMATS:
+        return "16 bits"
+    return "e4m3" if BLOCK_FORMATS[format].tensor_scale else "e8m0"

@@ -23,6 +23,7 @@ from atom_compile.kernels import (
     attention_decode,
     attention_prefill,
     attention_quantize,
+    dequantize,
     float8_hopper,
     float8_linear,
     formats,
@@ -185,9 +186,11 @@ def main(capability: int) -> None:
             tiling = HopperTiling(128, 2)
             linear.multiply(codes, scale[:2], *two_levels, *extras, tiling)
         patch.setattr(weight_only_linear, "multiprocessors", lambda device: 132)
-        for name in ("weight_only_kernel", "dequantize_kernel"):
-            kernel = Compiled(getattr(weight_only_linear, name), capability)
-            patch.setattr(weight_only_linear, name, kernel)
+        for module, name in (
+            (weight_only_linear, "weight_only_kernel"),
+            (dequantize, "dequantize_kernel"),
+        ):
+            patch.setattr(module, name, Compiled(getattr(module, name), capability))
 
         def takes_mma_sync(device: torch.device, tiling: linear.Tiling) -> bool:
             return capability < 90 or not weight_only_linear._fills_warpgroups(tiling)
