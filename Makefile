@@ -5,6 +5,7 @@
 #            (a version, or the path of a wheel: another CUDA)    make demo TORCH=/path/to/torch.whl
 #   VENV     where the environment goes                           make test VENV=/tmp/venv
 #   TESTS    which tests, and any option of pytest                make test TESTS="tests/kernels -x"
+#   JOBS     processes that share the tests, 8 at most; 0: none   make test JOBS=0 TESTS="--pdb -k rope"
 #   BENCH    options of the benchmark                             make bench BENCH="--quick"
 # `pip` reads its own settings (index, proxy, cache) from PIP_* variables and pip.conf, as always.
 
@@ -16,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 TESTS ?=
+JOBS ?= auto
 BENCH ?=
 
 BIN := $(VENV)/bin
@@ -32,7 +34,7 @@ demo: $(VENV)/demo.stamp  ## set up, then run examples/quickstart.py: a model be
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/dev.stamp  ## set up, then run the tests
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile $(TESTS)
 
 check: $(VENV)/dev.stamp  ## lint, format, types
 	$(BIN)/ruff check .

@@ -8,6 +8,11 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 from unittest import mock
 
+# processes that share the tests share the cores too; read when torch is imported, and inherited
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // workers)))
+
 import pytest
 import torch
 
