@@ -241,8 +241,8 @@ def _kept_in_32_bits(model: nn.Module, name: str) -> bool:
 
 
 def _reason_of_place(model: nn.Module, name: str) -> str | None:
-    """For what lies beside experts, or in a module that is called as what chooses among them is,
-    and for what transformers names."""
+    """For what transformers names, and for what lies beside experts, or in a module that is called
+    as what chooses among them is."""
     if _kept_in_32_bits(model, name):
         return "transformers keeps it in 32 bits, and may cast activations to its dtype"
     owner, _, _ = name.rpartition(".")

@@ -9,7 +9,8 @@ tensor cores nor gives warps roles. One program holds three roles, which meet at
 
 Which tiles a program has, and how a tile ends, is in hopper_tiles.py. Times of tilings are about
 what the tensor cores and the other instructions take one after the other, and it helps neither to
-unpack the next weight during a product, nor to let the warpgroups take turns, nor to have four.
+unpack the next weight during a product, nor to let the warpgroups take turns, nor to have four of
+them.
 
 What roles share goes from function to function in tuples: `inputs` that are loaded, `outputs` with
 what a tile's end reads, `rings` of stages with the mbarriers of full and empty ones, and `sizes`.
