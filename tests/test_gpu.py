@@ -22,6 +22,7 @@ from atom_compile.kernels.arrivals import arrivals_of
 from .capturing import reference_output, relative_error, token_batch
 from .models import HandWritten, tiny_llama, tiny_mistral
 from .test_experts import mixture
+from .test_int4_models import BLOCKS, PACKERS, write, write_blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -219,6 +220,24 @@ def test_a_packed_model_loads_onto_it(tmp_path: Path, dtype: torch.dtype | str) 
     assert all(one.is_cuda for one in (*got.parameters(), *got.buffers()))
     ids = token_batch().cuda()
     assert torch.equal(got(ids).logits, wanted(ids).logits)
+
+
+@pytest.mark.parametrize("kind", [*PACKERS, *BLOCKS])
+@torch.no_grad()
+def test_models_that_others_quantized(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    if kind in BLOCKS:
+        original = write_blocks(tmp_path, kind)
+    else:
+        original = write(tmp_path, kind, 64, act_order=kind != "awq")
+    ids = token_batch()
+    wanted = original(ids).logits
+    model = atom_compile.load(tmp_path, device_map="cuda")
+    assert relative_error(model(ids.cuda()).logits.cpu(), wanted) < 1e-2
+    model.compile(backend="atom", options={"strict": True})
+    assert relative_error(model(ids.cuda()).logits.cpu(), wanted) < 1e-2
+    written = model.generate(ids.cuda(), max_new_tokens=4, do_sample=False)
+    assert written.shape[1] == ids.shape[1] + 4
 
 
 def test_files_are_read_onto_it(tmp_path: Path) -> None:
