@@ -7,10 +7,11 @@ tensor cores nor gives warps roles. One program holds three roles, which meet at
     two warpgroups         unpack their rows of the weight into the registers that wgmma reads,
                            multiply, and rescale
 
-Which tiles a program has, and how a tile ends, is in hopper_tiles.py. Times of tilings are about
-what the tensor cores and the other instructions take one after the other, and it helps neither to
-unpack the next weight during a product, nor to let the warpgroups take turns, nor to have four of
-them.
+Which tiles a program has, and how a tile ends, is in hopper_tiles.py. What scales take comes on top
+of the product, whatever runs beside it: it helps neither to unpack the next weight nor to read and
+multiply scales during a product, nor to let the warpgroups take turns, nor to have four of them.
+FP8's products, whose sums need no conversion, take longer by the offset that codes without a sign
+have (docs/measured.md).
 
 What roles share goes from function to function in tuples: `inputs` that are loaded, `outputs` with
 what a tile's end reads, `rings` of stages with the mbarriers of full and empty ones, and `sizes`.
